@@ -1,0 +1,734 @@
+"""Convolutions and their gradients on arrays.
+
+The arrays decide the place: NumPy in, NumPy out. All arrays of one call have one dtype: float16, float32, float64, bfloat16
+(of ml_dtypes), complex64 or complex128; the 16-bit types are summed in float32. Shapes, in channels_last ("channels_first"
+has the channels on axis 1; None means channels_last):
+
+====================  ============================  ===============================================
+operation             x -> y                        kernel
+====================  ============================  ===============================================
+conv                  [B, L.., C] -> [B, P.., F]    [taps.., C / groups, F]
+conv_transpose        [B, L.., C] -> [B, P.., F]    [taps.., F / groups, C]
+depthwise_conv        [B, L.., C] -> [B, P.., C*M]  [taps.., C, M]
+separable_conv        [B, L.., C] -> [B, P.., F]    [taps.., C, M] and [1.., C * M, F]
+====================  ============================  ===============================================
+
+Arguments that every convolution shares:
+
+* `strides`, `dilation_rate`: an integer >= 1, or one per spatial axis; any with any.
+* `padding`: "valid", "same", "causal" (one spatial axis, not transposed), or a (before, after) pair per spatial axis, added to the
+  input of a convolution and cropped from the full product of a transposed one.
+* `activation`: None, a name of :mod:`cuconv.activations`, or a callable; applied after the bias.
+* `precision`: "highest" or "high"; matters to tensor cores only.
+* `out`: the array to fill, of the result's shape and dtype, any strides, overlapping no input.
+* `workspace`: bytes of scratch memory the call may use; None means 64 MiB.
+
+Gradients follow the adjoint convention: the gradient of x is computed with the conjugated kernel, that of the kernel with the
+conjugated x. They are deterministic: the same bits on every call.
+
+Errors: ValueError for shapes and options, TypeError for dtypes and arrays of an unknown kind, before anything is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cuconv import activations, geometry, reference
+from cuconv.cuda import runtime
+from cuconv.geometry import ConvShape, halo
+from cuconv.plan.reference import DEFAULT_WORKSPACE
+from cuconv.plan.types import PlanError
+
+__all__ = [
+    "asarray",
+    "bias_grad",
+    "conv",
+    "conv_input_grad",
+    "conv_kernel_grad",
+    "conv_lstm_step",
+    "conv_lstm_step_grad",
+    "conv_transpose",
+    "conv_transpose_input_grad",
+    "conv_transpose_kernel_grad",
+    "depthwise_conv",
+    "depthwise_conv_input_grad",
+    "depthwise_conv_kernel_grad",
+    "halo",
+    "like",
+    "separable_conv",
+    "separable_conv_input_grad",
+    "separable_conv_kernel_grad",
+    "to_numpy",
+    "upsample",
+    "upsample_input_grad",
+]
+
+Array = Any  # numpy.ndarray, or cupy.ndarray where a GPU engine is present
+Padding = str | Sequence[int] | Sequence[Sequence[int]]
+Sizes = int | Sequence[int]
+
+DTYPES = tuple(
+    map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128))
+)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos3", "lanczos5")
+PRECISIONS = ("highest", "high")
+
+logger = logging.getLogger("cuconv")
+
+
+# --- Placing -----------------------------------------------------------------------------------------------------
+
+
+def asarray(x: Any, dtype: Any = None) -> Array:
+    """`x` as an array where cuconv computes: on the GPU where one is usable, else a NumPy array.
+
+    The first call says which it is and why, through the logger "cuconv"; ``cuconv doctor`` says it in full.
+    """
+    _announce()
+    if not isinstance(x, np.ndarray) and hasattr(x, "__cuda_array_interface__"):
+        return x if dtype is None else x.astype(dtype, copy=False)
+    array = np.asarray(x, dtype)
+    return runtime.device_array(array) if runtime.probe().usable else array
+
+
+@functools.lru_cache(maxsize=1)
+def _announce() -> None:
+    found = runtime.probe()
+    # A GPU that is there and not used is worth a warning; on a machine without one, silence.
+    level = logging.WARNING if found.devices and not found.usable else logging.INFO
+    logger.log(level, "cuconv computes with %s: %s", "CuPy" if found.usable else "NumPy", found.reason)
+
+
+def like(array: Array, reference: Array) -> Array:
+    """`array` where `reference` lives; the same array if it is there already."""
+    if isinstance(reference, np.ndarray):
+        return to_numpy(array)
+    return runtime.device_array(array) if isinstance(array, np.ndarray) else array
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """`array` as a NumPy array; a NumPy array as it is."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+# --- Convolution -------------------------------------------------------------------------------------------------
+
+
+def conv(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    groups: int = 1,
+    activation: Any = None,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The convolution (cross-correlation) of x [B, L.., C] with w [taps.., C / groups, F], [B, P.., F]."""
+    engine = _engine(x, w, bias)
+    shape = _geometry(geometry.conv_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups)
+    return _forward(engine.conv, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace)
+
+
+def conv_input_grad(
+    dy: Array,
+    w: Array,
+    input_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    groups: int = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`conv` by x, of `input_shape`, from dy [B, P.., F]."""
+    engine = _engine(dy, w)
+    shape = _geometry(geometry.conv_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate, groups)
+    _expect("dy", dy, shape.y_shape)
+    out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, w)
+    engine.conv_transpose(shape, dy, w.conj(), None, None, out, bytes_)
+    return out
+
+
+def conv_kernel_grad(
+    x: Array,
+    dy: Array,
+    kernel_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    groups: int = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`conv` by w, of `kernel_shape`, from dy [B, P.., F]."""
+    engine = _engine(x, dy)
+    shape = _geometry(geometry.conv_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate, groups)
+    _expect("dy", dy, shape.y_shape)
+    out, bytes_ = _prepare(out, shape.w_shape, x, precision, workspace, x, dy)
+    engine.kernel_grad(shape, x, dy, out, bytes_)
+    return out
+
+
+# --- Transposed convolution --------------------------------------------------------------------------------------
+
+
+def conv_transpose(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    output_padding: Sizes | None = None,
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    groups: int = 1,
+    activation: Any = None,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The transposed convolution of x [B, L.., C] with w [taps.., F / groups, C], [B, P.., F].
+
+    The full product ``z[i * stride + r * dilation] += x[i] @ w[r].T`` is cropped to the output length by Keras' rules.
+    """
+    engine = _engine(x, w, bias)
+    shape = _geometry(
+        geometry.transpose_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups, output_padding
+    )
+    run = engine.conv_transpose
+    return _forward(run, shape, shape.x_shape, shape.in_channels, x, (w,), bias, activation, precision, out, workspace)
+
+
+def conv_transpose_input_grad(
+    dy: Array,
+    w: Array,
+    input_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    output_padding: Sizes | None = None,
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    groups: int = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`conv_transpose` by x, of `input_shape`, from dy [B, P.., F]."""
+    engine = _engine(dy, w)
+    shape = _geometry(
+        geometry.transpose_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate, groups, output_padding
+    )
+    _expect("dy", dy, shape.x_shape)
+    out, bytes_ = _prepare(out, shape.y_shape, dy, precision, workspace, dy, w)
+    engine.conv(shape, dy, w.conj(), None, None, out, bytes_)
+    return out
+
+
+def conv_transpose_kernel_grad(
+    x: Array,
+    dy: Array,
+    kernel_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    output_padding: Sizes | None = None,
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    groups: int = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`conv_transpose` by w, of `kernel_shape`, from dy [B, P.., F]."""
+    engine = _engine(x, dy)
+    shape = _geometry(
+        geometry.transpose_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate, groups, output_padding
+    )
+    _expect("dy", dy, shape.x_shape)
+    out, bytes_ = _prepare(out, shape.w_shape, x, precision, workspace, x, dy)
+    engine.kernel_grad(shape, dy, x, out, bytes_)
+    if out.dtype.kind == "c":  # the roles of input and output are exchanged, and with them what is conjugated
+        np.conjugate(out, out=out)
+    return out
+
+
+# --- Depthwise and separable convolution -------------------------------------------------------------------------
+
+
+def depthwise_conv(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    activation: Any = None,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The depthwise convolution of x [B, L.., C] with w [taps.., C, M], [B, P.., C * M]; channel c*M + m reads channel c."""
+    engine = _engine(x, w, bias)
+    shape = _geometry(geometry.depthwise_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate)
+    run = engine.depthwise_conv
+    return _forward(run, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace)
+
+
+def depthwise_conv_input_grad(
+    dy: Array,
+    w: Array,
+    input_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`depthwise_conv` by x, of `input_shape`, from dy [B, P.., C * M]."""
+    engine = _engine(dy, w)
+    shape = _geometry(geometry.depthwise_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate)
+    _expect("dy", dy, shape.y_shape)
+    out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, w)
+    engine.depthwise_transpose(shape, dy, w.conj(), out, bytes_)
+    return out
+
+
+def depthwise_conv_kernel_grad(
+    x: Array,
+    dy: Array,
+    kernel_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`depthwise_conv` by w, of `kernel_shape`, from dy [B, P.., C * M]."""
+    engine = _engine(x, dy)
+    shape = _geometry(geometry.depthwise_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate)
+    _expect("dy", dy, shape.y_shape)
+    out, bytes_ = _prepare(out, tuple(kernel_shape), x, precision, workspace, x, dy)
+    engine.depthwise_kernel_grad(shape, x, dy, out, bytes_)
+    return out
+
+
+def separable_conv(
+    x: Array,
+    depthwise_w: Array,
+    pointwise_w: Array,
+    bias: Array | None = None,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    activation: Any = None,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The depthwise convolution of x [B, L.., C] with [taps.., C, M], then the pointwise one with [1.., C * M, F].
+
+    Strides, padding and dilation are those of the depthwise part; bias and activation come once, at the end.
+    """
+    engine = _engine(x, depthwise_w, pointwise_w, bias)
+    shape = _geometry(geometry.depthwise_shape, x.shape, depthwise_w.shape, strides, padding, data_format, dilation_rate)
+    filters = _pointwise_filters(shape, pointwise_w)
+    y_shape = geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format)
+    kernels = (depthwise_w, pointwise_w)
+    return _forward(engine.separable_conv, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace)
+
+
+def separable_conv_input_grad(
+    dy: Array,
+    depthwise_w: Array,
+    pointwise_w: Array,
+    input_shape: Sequence[int],
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    precision: str = "highest",
+    out: Array | None = None,
+    workspace: int | None = None,
+) -> Array:
+    """The gradient of :func:`separable_conv` by x, of `input_shape`, from dy [B, P.., F]."""
+    engine = _engine(dy, depthwise_w, pointwise_w)
+    shape = _geometry(geometry.depthwise_shape, input_shape, depthwise_w.shape, strides, padding, data_format, dilation_rate)
+    filters = _pointwise_filters(shape, pointwise_w)
+    _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
+    out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, depthwise_w, pointwise_w)
+    engine.separable_input_grad(shape, dy, depthwise_w.conj(), pointwise_w.conj(), out, bytes_)
+    return out
+
+
+def separable_conv_kernel_grad(
+    x: Array,
+    dy: Array,
+    depthwise_w: Array,
+    pointwise_w: Array,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    precision: str = "highest",
+    workspace: int | None = None,
+) -> tuple[Array, Array]:
+    """The gradients of :func:`separable_conv` by both kernels, from dy [B, P.., F]."""
+    engine = _engine(x, dy, depthwise_w, pointwise_w)
+    shape = _geometry(geometry.depthwise_shape, x.shape, depthwise_w.shape, strides, padding, data_format, dilation_rate)
+    filters = _pointwise_filters(shape, pointwise_w)
+    _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
+    depthwise_out, bytes_ = _prepare(None, depthwise_w.shape, x, precision, workspace)
+    pointwise_out, _ = _prepare(None, pointwise_w.shape, x, precision, workspace)
+    engine.separable_kernel_grad(shape, x, dy, depthwise_w, pointwise_w, depthwise_out, pointwise_out, bytes_)
+    return depthwise_out, pointwise_out
+
+
+def bias_grad(dy: Array, *, data_format: str | None = None) -> Array:
+    """The gradient of a bias, [F], from dy [B, P.., F]: its sum over everything but the channels."""
+    _engine(dy)
+    if dy.ndim < 2:
+        raise ValueError(f"`dy` must have at least 2 axes. Received: dy.shape={dy.shape}")
+    channel = dy.ndim - 1 if geometry.normalize_data_format(data_format) == geometry.CHANNELS_LAST else 1
+    wide = np.float32 if dy.dtype.itemsize == 2 else dy.dtype
+    total = dy.sum(axis=tuple(axis for axis in range(dy.ndim) if axis != channel), dtype=wide)
+    return total.astype(dy.dtype, copy=False)
+
+
+# --- Upsampling --------------------------------------------------------------------------------------------------
+
+
+def upsample(
+    x: Array, size: Sizes, *, interpolation: str = "nearest", data_format: str | None = None, out: Array | None = None
+) -> Array:
+    """x [B, L.., C] enlarged `size` times per spatial axis, [B, L * size.., C].
+
+    Args:
+        interpolation: "nearest" (any dtype), "bilinear", "bicubic" (Keys' kernel, a = -3/4), "lanczos3" or "lanczos5"; half-pixel
+            centres, corners not aligned.
+    """
+    engine, factors, data_format = _upsampling(x, size, interpolation, data_format)
+    out = _output(out, geometry.upsample_shape(x.shape, factors, data_format), x, x)
+    if out.size:
+        engine.upsample(x, factors, interpolation, data_format, out)
+    return out
+
+
+def upsample_input_grad(
+    dy: Array, size: Sizes, *, interpolation: str = "nearest", data_format: str | None = None, out: Array | None = None
+) -> Array:
+    """The gradient of :func:`upsample` by x, [B, L.., C], from dy [B, L * size.., C]."""
+    engine, factors, data_format = _upsampling(dy, size, interpolation, data_format)
+    batch, sizes, channels = geometry.split_shape(dy.shape, data_format)
+    if any(length % factor for length, factor in zip(sizes, factors, strict=True)):
+        raise ValueError(f"`dy` must have sizes that are multiples of `size` ({factors}). Received: dy.shape={dy.shape}")
+    small = tuple(length // factor for length, factor in zip(sizes, factors, strict=True))
+    out = _output(out, geometry.join_shape(batch, small, channels, data_format), dy, dy)
+    if out.size:
+        engine.upsample_input_grad(dy, factors, interpolation, data_format, out)
+    return out
+
+
+# --- Convolutional LSTM ------------------------------------------------------------------------------------------
+
+
+def conv_lstm_step(
+    x: Array,
+    h: Array,
+    c: Array,
+    w: Array | None,
+    recurrent_w: Array | None,
+    bias: Array | None = None,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    activation: Any = "tanh",
+    recurrent_activation: Any = "sigmoid",
+) -> tuple[Array, Array]:
+    """One step of a convolutional LSTM: the output and cell state (h, c) [B, P.., F] after it.
+
+    Args:
+        x: [B, L.., C]; with `w` None the input convolution itself, [B, P.., 4F] with its bias.
+        h, c: the states before the step, [B, P.., F].
+        w: [taps.., C, 4F], gates i, f, c, o.
+        recurrent_w: [taps.., F, 4F]; its convolution is always "same", of stride 1. None: x holds that convolution too.
+        bias: [4F].
+        strides, padding, dilation_rate: of the input convolution.
+    """
+    convolution = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
+    z, cell, recurrent = _lstm_sums(x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation)
+    new_h, new_c = np.empty_like(c, shape=c.shape), np.empty_like(c, shape=c.shape)
+    data_format = geometry.normalize_data_format(data_format)
+    _engine(z).gates(z, c, cell, recurrent, data_format, new_h, new_c)
+    return new_h, new_c
+
+
+def conv_lstm_step_grad(
+    x: Array,
+    h: Array,
+    c: Array,
+    w: Array | None,
+    recurrent_w: Array | None,
+    bias: Array | None,
+    dh: Array,
+    dc: Array,
+    *,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    activation: Any = "tanh",
+    recurrent_activation: Any = "sigmoid",
+) -> tuple[Array, Array | None, Array, Array | None, Array | None, Array | None]:
+    """The gradients (dx, dh, dc, dw, drecurrent_w, dbias) of :func:`conv_lstm_step` from those of its two results.
+
+    Where `w` (or `recurrent_w`) is None, x holds the convolution and dx is the gradient of that; dw and dbias (or dh and
+    drecurrent_w) are None.
+    """
+    convolution = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
+    z, cell, recurrent = _lstm_sums(x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation)
+    engine = _engine(z, dh, dc)
+    _expect("dh", dh, c.shape)
+    _expect("dc", dc, c.shape)
+    data_format = geometry.normalize_data_format(data_format)
+    dz, dc_before = np.empty_like(z), np.empty_like(c, shape=c.shape)
+    engine.gates_grad(z, c, dh, dc, cell, recurrent, data_format, dz, dc_before)
+    dx, dh_before, dw, drecurrent_w, dbias = dz, None, None, None, None
+    if recurrent_w is not None:
+        same = {"padding": "same", "data_format": data_format}
+        dh_before = conv_input_grad(dz, recurrent_w, h.shape, **same)
+        drecurrent_w = conv_kernel_grad(h, dz, recurrent_w.shape, **same)
+    if w is not None:
+        dx = conv_input_grad(dz, w, x.shape, data_format=data_format, **convolution)
+        dw = conv_kernel_grad(x, dz, w.shape, data_format=data_format, **convolution)
+        dbias = None if bias is None else bias_grad(dz, data_format=data_format)
+    return dx, dh_before, dc_before, dw, drecurrent_w, dbias
+
+
+def _lstm_sums(
+    x: Array,
+    h: Array,
+    c: Array,
+    w: Array | None,
+    recurrent_w: Array | None,
+    bias: Array | None,
+    convolution: dict[str, Any],
+    data_format: str | None,
+    activation: Any,
+    recurrent_activation: Any,
+) -> tuple[Array, Any, Any]:
+    """The gates' sums z [B, p.., 4F] and both activations, all arguments checked."""
+    cell, recurrent = (_activation(given, x.dtype) for given in (activation, recurrent_activation))
+    if not (cell.pointwise and recurrent.pointwise):
+        raise ValueError(
+            "`activation` and `recurrent_activation` must be pointwise activations of cuconv. "
+            f"Received: activation={activation!r}, recurrent_activation={recurrent_activation!r}"
+        )
+    z = x if w is None else conv(x, w, bias, data_format=data_format, **convolution)
+    _engine(z, h, c)
+    batch, sizes, gates = geometry.split_shape(z.shape, geometry.normalize_data_format(data_format))
+    if gates is None or gates % 4:
+        raise ValueError(f"the input convolution must have 4 * filters channels. Received: {gates}")
+    states = geometry.join_shape(batch, sizes, gates // 4, geometry.normalize_data_format(data_format))
+    _expect("h", h, states)
+    _expect("c", c, states)
+    if recurrent_w is not None:
+        z = z + conv(h, recurrent_w, padding="same", data_format=data_format)
+    return z, cell, recurrent
+
+
+# --- Checks ------------------------------------------------------------------------------------------------------
+
+
+def _engine(first: Array, *others: Array | None) -> ModuleType:
+    """The engine for arrays of this kind, all of one supported dtype."""
+    dtype = first.dtype if hasattr(first, "dtype") else None
+    for array in (first, *others):
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray):
+            _refuse(array)
+        if array.dtype != dtype or dtype not in DTYPES:
+            given = [str(getattr(each, "dtype", None)) for each in (first, *others) if each is not None]
+            raise TypeError(
+                f"arrays must have one dtype of {', '.join(each.name for each in DTYPES)}. Received: {', '.join(given)}"
+            )
+    return reference
+
+
+def _refuse(array: Any) -> None:
+    if hasattr(array, "__cuda_array_interface__"):
+        raise PlanError(
+            f"{runtime.probe().reason}, so arrays on a GPU cannot be computed with. Move them first: `cupy.asnumpy(x)`"
+        )
+    raise TypeError(f"arrays must be NumPy or CuPy arrays. Received: {type(array).__name__}")
+
+
+def _geometry(rule: Callable[..., ConvShape], *arguments: Any) -> ConvShape:
+    """The geometry by `rule`, remembered where every argument is spelled with plain integers, strings and tuples."""
+    if all(map(_plain, arguments)):
+        return _remembered(rule, *arguments)
+    return _compute(rule, *arguments)
+
+
+def _plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in (int, str, type(None)) or kind is tuple and all(type(entry) is int for entry in value)
+
+
+def _compute(
+    rule: Callable[..., ConvShape],
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    strides: Any,
+    padding: Any,
+    data_format: Any,
+    dilation_rate: Any,
+    *more: Any,
+) -> ConvShape:
+    extra = dict(zip(("groups", "output_padding"), more, strict=False))
+    shape = rule(
+        tuple(x_shape),
+        tuple(w_shape),
+        strides=strides,
+        padding=padding,
+        data_format=data_format,
+        dilation_rate=dilation_rate,
+        **extra,
+    )
+    if not shape.is_static:
+        raise ValueError(f"every size must be known. Received: input shape={tuple(x_shape)}")
+    return shape
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_compute)
+
+
+def _forward(
+    run: Callable[..., None],
+    shape: ConvShape,
+    y_shape: tuple[int, ...],
+    filters: int,
+    x: Array,
+    kernels: tuple[Array, ...],
+    bias: Array | None,
+    activation: Any,
+    precision: str,
+    out: Array | None,
+    workspace: int | None,
+) -> Array:
+    """Run one forward pass with bias and activation fused where the activation is pointwise."""
+    if bias is not None:
+        _expect("bias", bias, (filters,))
+    function = None if activation is None else _activation(activation, x.dtype)
+    if function is not None and not function.pointwise and out is not None:
+        raise ValueError(
+            f"`out` needs an activation that works element by element. Received: activation={activation!r}"
+        )
+    y, bytes_ = _prepare(out, y_shape, x, precision, workspace, x, *kernels, bias)
+    fused = function if function is not None and function.pointwise and function.name != "linear" else None
+    run(shape, x, *kernels, bias, fused, y, bytes_)
+    return y if function is None or function.pointwise else function(y)
+
+
+def _activation(activation: Any, dtype: np.dtype) -> Any:
+    function = activations.get(activation)
+    if dtype.kind == "c" and function.pointwise and function.name != "linear":
+        raise TypeError(f"complex arrays have no activation but linear. Received: activation={activation!r}")
+    return function
+
+
+def _prepare(
+    out: Array | None, shape: Sequence[int], like: Array, precision: str, workspace: int | None, *inputs: Array | None
+) -> tuple[Array, int]:
+    """The output array and the bytes of scratch memory, once all options are checked."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'`precision` must be "highest" or "high". Received: precision={precision!r}')
+    if workspace is None:
+        workspace = DEFAULT_WORKSPACE
+    elif geometry.as_int(workspace) is None or workspace < 0:
+        raise ValueError(f"`workspace` must be a number of bytes >= 0, or None. Received: workspace={workspace!r}")
+    return _output(out, shape, like, *inputs), workspace
+
+
+def _output(out: Array | None, shape: Sequence[int], like: Array, *inputs: Array | None) -> Array:
+    if out is None:
+        return np.empty(shape, like.dtype)
+    if not isinstance(out, np.ndarray) or out.shape != tuple(shape) or out.dtype != like.dtype:
+        given = f"shape {out.shape}, dtype {out.dtype}" if hasattr(out, "dtype") else type(out).__name__
+        raise ValueError(f"`out` must be an array of shape {tuple(shape)} and dtype {like.dtype}. Received: {given}")
+    if not out.flags.writeable or any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError("`out` must be writeable, every element in its own place. Received: a read-only or broadcast array")
+    if any(array is not None and _overlap(out, array) for array in inputs):
+        raise ValueError("`out` must not share memory with an input. Received: overlapping arrays")
+    return out
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:  # strides so odd that to be sure would take long
+        return True
+
+
+def _expect(name: str, array: Array, shape: Sequence[int | None]) -> None:
+    if array.shape != tuple(shape):
+        raise ValueError(f"`{name}` must have the shape {tuple(shape)}. Received: {name}.shape={array.shape}")
+
+
+def _pointwise_filters(shape: ConvShape, pointwise_w: Array) -> int:
+    """Filters of a pointwise kernel that fits behind the depthwise `shape`."""
+    wanted = (*(1,) * shape.rank, shape.filters)
+    if pointwise_w.shape[:-1] != wanted or pointwise_w.shape[-1] < 1:
+        raise ValueError(
+            f"`pointwise_w` must have the shape {wanted} + (filters,). Received: pointwise_w.shape={pointwise_w.shape}"
+        )
+    return int(pointwise_w.shape[-1])
+
+
+def _upsampling(x: Array, size: Any, interpolation: str, data_format: Any) -> tuple[ModuleType, tuple[int, ...], str]:
+    data_format = geometry.normalize_data_format(data_format)
+    if interpolation not in INTERPOLATIONS:
+        names = ", ".join(f'"{name}"' for name in INTERPOLATIONS)
+        raise ValueError(f"`interpolation` must be one of {names}. Received: interpolation={interpolation!r}")
+    if isinstance(x, np.ndarray) and interpolation == "nearest":
+        engine: ModuleType = reference  # values are only copied, so every dtype will do
+    else:
+        engine = _engine(x)
+    if not 3 <= x.ndim <= 2 + geometry.MAX_RANK:
+        raise ValueError(f"`x` must have 3 to 5 axes: batch, spatial, channels. Received: x.shape={x.shape}")
+    return engine, geometry.normalize_tuple(size, x.ndim - 2, "size"), data_format

@@ -1,0 +1,1 @@
+"""Decisions as pure functions of integers: no arrays, no devices, no clock."""
