@@ -25,11 +25,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-Size: TypeAlias = "int | None"
-Shape: TypeAlias = "tuple[int | None, ...]"
-Pairs: TypeAlias = "tuple[tuple[int, int], ...]"
+# An int, or None where it is not known yet. Any, because whoever computes has only known ones (ConvShape.is_static).
+Size: TypeAlias = Any
+Shape: TypeAlias = tuple[Size, ...]
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
 CHANNELS_LAST = "channels_last"
 CHANNELS_FIRST = "channels_first"
@@ -39,7 +40,9 @@ MAX_RANK = 3
 
 @dataclass(frozen=True)
 class ConvShape:
-    """The integers of one convolution ``y[b,p,f] = sum over r,c of x[b, p*stride + r*dilation - pad_before, c] * w[r,c,f]``.
+    """The integers of one convolution::
+
+        y[b,p,f] = sum over r,c of x[b, p*stride + r*dilation - pad_before, c] * w[r,c,f]
 
     ``x`` reads as zero outside its bounds. Every field is final: no rule is left to apply.
     """
@@ -124,7 +127,8 @@ def normalize_tuple(value: object, rank: int, name: str, *, allow_zero: bool = F
 def normalize_pairs(value: object, rank: int, name: str) -> Pairs:
     """`value` as `rank` pairs (before, after) of integers >= 0.
 
-    Accepts one integer, `rank` integers (the same before and after), `rank` pairs, or a mixture; at rank 1 also one bare pair.
+    Accepts one integer, `rank` integers (the same before and after), `rank` pairs, or a mixture; at rank 1 also one
+    bare pair.
 
     Raises:
         ValueError: anything else.
@@ -151,7 +155,8 @@ def normalize_padding(padding: object, rank: int, *, causal: bool = True) -> str
     """`padding` as a lower-case name, or as `rank` pairs (before, after).
 
     Raises:
-        ValueError: an unknown name, "causal" at a rank other than 1 (or where `causal` is False), or pairs that do not fit.
+        ValueError: an unknown name, "causal" at a rank other than 1 (or where `causal` is False), or pairs that do not
+        fit.
     """
     allowed = ("valid", "same", "causal") if rank == 1 and causal else ("valid", "same")
     if isinstance(padding, str):
@@ -160,7 +165,7 @@ def normalize_padding(padding: object, rank: int, *, causal: bool = True) -> str
     elif isinstance(padding, Sequence):
         return normalize_pairs(padding, rank, "padding")
     names = ", ".join(f'"{name}"' for name in allowed)
-    also = ' ("causal" needs one spatial axis)' if padding == "causal" and causal else ""
+    also = ' ("causal" needs one spatial axis)' if isinstance(padding, str) and padding == "causal" and causal else ""
     raise ValueError(
         f"`padding` must be one of {names}, or one (before, after) pair for each of {rank} spatial axes{also}. "
         f"Received: padding={padding!r}"
@@ -227,7 +232,8 @@ def transpose_axis(
 ) -> tuple[Size, int]:
     """Output length and positions cropped in front of one axis of a transposed convolution.
 
-    The full product has ``(n - 1) * s + k_eff`` positions. It is cropped in front, then cut or extended with zeros to the length.
+    The full product has ``(n - 1) * s + k_eff`` positions. It is cropped in front, then cut or extended with zeros to
+    the length.
     """
     k_eff = (k - 1) * d + 1
     extra = 0 if output_padding is None else output_padding
@@ -278,7 +284,9 @@ def conv_shape(
             f"`groups` ({groups}) give. Received: input shape={tuple(x_shape)} ({data_format}), "
             f"kernel shape={tuple(w_shape)}"
         )
-    return _conv(batch, in_size, depth * groups, filters, kernel_size, strides, padding, data_format, dilation_rate, groups)
+    return _conv(
+        batch, in_size, depth * groups, filters, kernel_size, strides, padding, data_format, dilation_rate, groups
+    )
 
 
 def depthwise_shape(
@@ -292,7 +300,8 @@ def depthwise_shape(
 ) -> ConvShape:
     """The geometry of a depthwise convolution with a kernel of `w_shape` = taps + (in_channels, depth_multiplier).
 
-    It is the convolution with one group for each input channel: output channel ``c * depth_multiplier + m`` reads channel ``c``.
+    It is the convolution with one group for each input channel: output channel ``c * depth_multiplier + m`` reads
+    channel ``c``.
 
     Raises:
         ValueError: as :func:`conv_shape`.
@@ -322,8 +331,8 @@ def transpose_shape(
 ) -> ConvShape:
     """The convolution whose input gradient is this transposed convolution.
 
-    `x_shape` is the input of the transposed convolution and becomes ``.y_shape``; its output is ``.x_shape``. `w_shape` is
-    taps + (filters / groups, in_channels), which is the kernel of that convolution as it stands.
+    `x_shape` is the input of the transposed convolution and becomes ``.y_shape``; its output is ``.x_shape``. `w_shape`
+    is taps + (filters / groups, in_channels), which is the kernel of that convolution as it stands.
 
     Raises:
         ValueError: an argument is out of range, the shapes do not fit, or an output size would be negative.
@@ -404,9 +413,10 @@ def _conv(
     named = isinstance(padding, str) and padding.lower() != "valid"
     if any(m is not None and m < (0 if named else 1) for m, _ in axes):
         raise ValueError(
-            f"an output size would be zero or negative: {tuple(m for m, _ in axes)}. Use a smaller kernel, a longer input or "
-            f'`padding="same"`. Received: input size={in_size}, kernel_size={kernel_size}, strides={steps}, '
-            f"padding={padding!r}, dilation_rate={rates}"
+            f"an output size would be zero or negative: {tuple(m for m, _ in axes)}. "
+            'Use a smaller kernel, a longer input or `padding="same"`. '
+            f"Received: input size={in_size}, kernel_size={kernel_size}, strides={steps}, padding={padding!r}, "
+            f"dilation_rate={rates}"
         )
     return ConvShape(
         batch=batch,
@@ -431,7 +441,8 @@ def _rank(x_shape: Sequence[Size], w_shape: Sequence[int]) -> int:
     rank = len(w_shape) - 2
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(
-            f"a kernel must have 1 to {MAX_RANK} spatial axes and two of channels. Received: kernel shape={tuple(w_shape)}"
+            f"a kernel must have 1 to {MAX_RANK} spatial axes and two of channels. "
+            f"Received: kernel shape={tuple(w_shape)}"
         )
     if len(x_shape) != rank + 2:
         raise ValueError(
@@ -454,7 +465,8 @@ def _check_groups(groups: object, in_channels: int, filters: int) -> None:
         raise ValueError(f"`groups` must be an integer >= 1. Received: groups={groups!r}")
     if in_channels % count or filters % count:
         raise ValueError(
-            f"`groups` must divide the input channels ({in_channels}) and the filters ({filters}). Received: groups={groups}"
+            f"`groups` must divide the input channels ({in_channels}) and the filters ({filters}). "
+            f"Received: groups={groups}"
         )
 
 
@@ -514,7 +526,12 @@ class Halo:
 
 
 def halo(
-    kernel_size: object, strides: object = 1, dilation_rate: object = 1, padding: object = "valid", *, in_size: object = None
+    kernel_size: object,
+    strides: object = 1,
+    dilation_rate: object = 1,
+    padding: object = "valid",
+    *,
+    in_size: object = None,
 ) -> tuple[Halo, ...]:
     """What an output range of a convolution reads, one :class:`Halo` per spatial axis.
 

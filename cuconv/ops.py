@@ -1,8 +1,8 @@
 """Convolutions and their gradients on arrays.
 
-The arrays decide the place: NumPy in, NumPy out. All arrays of one call have one dtype: float16, float32, float64, bfloat16
-(of ml_dtypes), complex64 or complex128; the 16-bit types are summed in float32. Shapes, in channels_last ("channels_first"
-has the channels on axis 1; None means channels_last):
+The arrays decide the place: NumPy in, NumPy out. All arrays of one call have one dtype: float16, float32, float64,
+bfloat16 (of ml_dtypes), complex64 or complex128; the 16-bit types are summed in float32. Shapes, in channels_last
+("channels_first" has the channels on axis 1; None means channels_last):
 
 ====================  ============================  ===============================================
 operation             x -> y                        kernel
@@ -16,17 +16,18 @@ separable_conv        [B, L.., C] -> [B, P.., F]    [taps.., C, M] and [1.., C *
 Arguments that every convolution shares:
 
 * `strides`, `dilation_rate`: an integer >= 1, or one per spatial axis; any with any.
-* `padding`: "valid", "same", "causal" (one spatial axis, not transposed), or a (before, after) pair per spatial axis, added to the
-  input of a convolution and cropped from the full product of a transposed one.
+* `padding`: "valid", "same", "causal" (one spatial axis, not transposed), or a (before, after) pair per spatial axis,
+  added to the input of a convolution and cropped from the full product of a transposed one.
 * `activation`: None, a name of :mod:`cuconv.activations`, or a callable; applied after the bias.
 * `precision`: "highest" or "high"; matters to tensor cores only.
 * `out`: the array to fill, of the result's shape and dtype, any strides, overlapping no input.
 * `workspace`: bytes of scratch memory the call may use; None means 64 MiB.
 
-Gradients follow the adjoint convention: the gradient of x is computed with the conjugated kernel, that of the kernel with the
-conjugated x. They are deterministic: the same bits on every call.
+Gradients follow the adjoint convention: the gradient of x is computed with the conjugated kernel, that of the kernel
+with the conjugated x. They are deterministic: the same bits on every call.
 
-Errors: ValueError for shapes and options, TypeError for dtypes and arrays of an unknown kind, before anything is written.
+Errors: ValueError for shapes and options, TypeError for dtypes and arrays of an unknown kind, before anything is
+written.
 """
 
 from __future__ import annotations
@@ -74,9 +75,7 @@ Array = Any  # numpy.ndarray, or cupy.ndarray where a GPU engine is present
 Padding = str | Sequence[int] | Sequence[Sequence[int]]
 Sizes = int | Sequence[int]
 
-DTYPES = tuple(
-    map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128))
-)
+DTYPES = tuple(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128)))
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos3", "lanczos5")
 PRECISIONS = ("highest", "high")
 
@@ -139,7 +138,9 @@ def conv(
     """The convolution (cross-correlation) of x [B, L.., C] with w [taps.., C / groups, F], [B, P.., F]."""
     engine = _engine(x, w, bias)
     shape = _geometry(geometry.conv_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups)
-    return _forward(engine.conv, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace)
+    return _forward(
+        engine.conv, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace
+    )
 
 
 def conv_input_grad(
@@ -237,7 +238,15 @@ def conv_transpose_input_grad(
     """The gradient of :func:`conv_transpose` by x, of `input_shape`, from dy [B, P.., F]."""
     engine = _engine(dy, w)
     shape = _geometry(
-        geometry.transpose_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate, groups, output_padding
+        geometry.transpose_shape,
+        input_shape,
+        w.shape,
+        strides,
+        padding,
+        data_format,
+        dilation_rate,
+        groups,
+        output_padding,
     )
     _expect("dy", dy, shape.x_shape)
     out, bytes_ = _prepare(out, shape.y_shape, dy, precision, workspace, dy, w)
@@ -263,7 +272,15 @@ def conv_transpose_kernel_grad(
     """The gradient of :func:`conv_transpose` by w, of `kernel_shape`, from dy [B, P.., F]."""
     engine = _engine(x, dy)
     shape = _geometry(
-        geometry.transpose_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate, groups, output_padding
+        geometry.transpose_shape,
+        x.shape,
+        kernel_shape,
+        strides,
+        padding,
+        data_format,
+        dilation_rate,
+        groups,
+        output_padding,
     )
     _expect("dy", dy, shape.x_shape)
     out, bytes_ = _prepare(out, shape.w_shape, x, precision, workspace, x, dy)
@@ -290,7 +307,10 @@ def depthwise_conv(
     out: Array | None = None,
     workspace: int | None = None,
 ) -> Array:
-    """The depthwise convolution of x [B, L.., C] with w [taps.., C, M], [B, P.., C * M]; channel c*M + m reads channel c."""
+    """The depthwise convolution of x [B, L.., C] with w [taps.., C, M], [B, P.., C * M].
+
+    Output channel ``c * M + m`` reads channel c.
+    """
     engine = _engine(x, w, bias)
     shape = _geometry(geometry.depthwise_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate)
     run = engine.depthwise_conv
@@ -361,11 +381,15 @@ def separable_conv(
     Strides, padding and dilation are those of the depthwise part; bias and activation come once, at the end.
     """
     engine = _engine(x, depthwise_w, pointwise_w, bias)
-    shape = _geometry(geometry.depthwise_shape, x.shape, depthwise_w.shape, strides, padding, data_format, dilation_rate)
+    shape = _geometry(
+        geometry.depthwise_shape, x.shape, depthwise_w.shape, strides, padding, data_format, dilation_rate
+    )
     filters = _pointwise_filters(shape, pointwise_w)
     y_shape = geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format)
     kernels = (depthwise_w, pointwise_w)
-    return _forward(engine.separable_conv, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace)
+    return _forward(
+        engine.separable_conv, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace
+    )
 
 
 def separable_conv_input_grad(
@@ -384,7 +408,9 @@ def separable_conv_input_grad(
 ) -> Array:
     """The gradient of :func:`separable_conv` by x, of `input_shape`, from dy [B, P.., F]."""
     engine = _engine(dy, depthwise_w, pointwise_w)
-    shape = _geometry(geometry.depthwise_shape, input_shape, depthwise_w.shape, strides, padding, data_format, dilation_rate)
+    shape = _geometry(
+        geometry.depthwise_shape, input_shape, depthwise_w.shape, strides, padding, data_format, dilation_rate
+    )
     filters = _pointwise_filters(shape, pointwise_w)
     _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
     out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, depthwise_w, pointwise_w)
@@ -407,7 +433,9 @@ def separable_conv_kernel_grad(
 ) -> tuple[Array, Array]:
     """The gradients of :func:`separable_conv` by both kernels, from dy [B, P.., F]."""
     engine = _engine(x, dy, depthwise_w, pointwise_w)
-    shape = _geometry(geometry.depthwise_shape, x.shape, depthwise_w.shape, strides, padding, data_format, dilation_rate)
+    shape = _geometry(
+        geometry.depthwise_shape, x.shape, depthwise_w.shape, strides, padding, data_format, dilation_rate
+    )
     filters = _pointwise_filters(shape, pointwise_w)
     _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
     depthwise_out, bytes_ = _prepare(None, depthwise_w.shape, x, precision, workspace)
@@ -436,7 +464,8 @@ def upsample(
     """x [B, L.., C] enlarged `size` times per spatial axis, [B, L * size.., C].
 
     Args:
-        interpolation: "nearest" (any dtype), "bilinear", "bicubic" (Keys' kernel, a = -3/4), "lanczos3" or "lanczos5"; half-pixel
+        interpolation: "nearest" (any dtype), "bilinear", "bicubic" (Keys' kernel, a = -3/4), "lanczos3" or "lanczos5";
+        half-pixel
             centres, corners not aligned.
     """
     engine, factors, data_format = _upsampling(x, size, interpolation, data_format)
@@ -453,7 +482,9 @@ def upsample_input_grad(
     engine, factors, data_format = _upsampling(dy, size, interpolation, data_format)
     batch, sizes, channels = geometry.split_shape(dy.shape, data_format)
     if any(length % factor for length, factor in zip(sizes, factors, strict=True)):
-        raise ValueError(f"`dy` must have sizes that are multiples of `size` ({factors}). Received: dy.shape={dy.shape}")
+        raise ValueError(
+            f"`dy` must have sizes that are multiples of `size` ({factors}). Received: dy.shape={dy.shape}"
+        )
     small = tuple(length // factor for length, factor in zip(sizes, factors, strict=True))
     out = _output(out, geometry.join_shape(batch, small, channels, data_format), dy, dy)
     if out.size:
@@ -489,8 +520,10 @@ def conv_lstm_step(
         bias: [4F].
         strides, padding, dilation_rate: of the input convolution.
     """
-    convolution = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
-    z, cell, recurrent = _lstm_sums(x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation)
+    convolution: dict[str, Any] = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
+    z, cell, recurrent = _lstm_sums(
+        x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation
+    )
     new_h, new_c = np.empty_like(c, shape=c.shape), np.empty_like(c, shape=c.shape)
     data_format = geometry.normalize_data_format(data_format)
     _engine(z).gates(z, c, cell, recurrent, data_format, new_h, new_c)
@@ -516,11 +549,13 @@ def conv_lstm_step_grad(
 ) -> tuple[Array, Array | None, Array, Array | None, Array | None, Array | None]:
     """The gradients (dx, dh, dc, dw, drecurrent_w, dbias) of :func:`conv_lstm_step` from those of its two results.
 
-    Where `w` (or `recurrent_w`) is None, x holds the convolution and dx is the gradient of that; dw and dbias (or dh and
-    drecurrent_w) are None.
+    Where `w` (or `recurrent_w`) is None, x holds the convolution and dx is the gradient of that; dw and dbias (or dh
+    and drecurrent_w) are None.
     """
-    convolution = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
-    z, cell, recurrent = _lstm_sums(x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation)
+    convolution: dict[str, Any] = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
+    z, cell, recurrent = _lstm_sums(
+        x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation
+    )
     engine = _engine(z, dh, dc)
     _expect("dh", dh, c.shape)
     _expect("dc", dc, c.shape)
@@ -529,9 +564,8 @@ def conv_lstm_step_grad(
     engine.gates_grad(z, c, dh, dc, cell, recurrent, data_format, dz, dc_before)
     dx, dh_before, dw, drecurrent_w, dbias = dz, None, None, None, None
     if recurrent_w is not None:
-        same = {"padding": "same", "data_format": data_format}
-        dh_before = conv_input_grad(dz, recurrent_w, h.shape, **same)
-        drecurrent_w = conv_kernel_grad(h, dz, recurrent_w.shape, **same)
+        dh_before = conv_input_grad(dz, recurrent_w, h.shape, padding="same", data_format=data_format)
+        drecurrent_w = conv_kernel_grad(h, dz, recurrent_w.shape, padding="same", data_format=data_format)
     if w is not None:
         dx = conv_input_grad(dz, w, x.shape, data_format=data_format, **convolution)
         dw = conv_kernel_grad(x, dz, w.shape, data_format=data_format, **convolution)
@@ -553,20 +587,26 @@ def _lstm_sums(
 ) -> tuple[Array, Any, Any]:
     """The gates' sums z [B, p.., 4F] and both activations, all arguments checked."""
     cell, recurrent = (_activation(given, x.dtype) for given in (activation, recurrent_activation))
-    if not (cell.pointwise and recurrent.pointwise):
+    if w is None and bias is not None:
         raise ValueError(
-            "`activation` and `recurrent_activation` must be pointwise activations of cuconv. "
-            f"Received: activation={activation!r}, recurrent_activation={recurrent_activation!r}"
+            "`bias` must be None where `w` is None: x holds the convolution with its bias already. Received: an array"
         )
+    data_format = geometry.normalize_data_format(data_format)
     z = x if w is None else conv(x, w, bias, data_format=data_format, **convolution)
     _engine(z, h, c)
-    batch, sizes, gates = geometry.split_shape(z.shape, geometry.normalize_data_format(data_format))
-    if gates is None or gates % 4:
+    batch, sizes, gates = geometry.split_shape(z.shape, data_format)
+    filters = gates // 4
+    if filters * 4 != gates:
         raise ValueError(f"the input convolution must have 4 * filters channels. Received: {gates}")
-    states = geometry.join_shape(batch, sizes, gates // 4, geometry.normalize_data_format(data_format))
+    states = geometry.join_shape(batch, sizes, filters, data_format)
     _expect("h", h, states)
     _expect("c", c, states)
     if recurrent_w is not None:
+        if recurrent_w.shape[-2:] != (filters, 4 * filters):
+            raise ValueError(
+                f"`recurrent_w` must have the shape taps + {(filters, 4 * filters)}. "
+                f"Received: recurrent_w.shape={recurrent_w.shape}"
+            )
         z = z + conv(h, recurrent_w, padding="same", data_format=data_format)
     return z, cell, recurrent
 
@@ -607,7 +647,7 @@ def _geometry(rule: Callable[..., ConvShape], *arguments: Any) -> ConvShape:
 
 def _plain(value: Any) -> bool:
     kind = type(value)
-    return kind in (int, str, type(None)) or kind is tuple and all(type(entry) is int for entry in value)
+    return kind in (int, str, type(None)) or (kind is tuple and all(type(entry) is int for entry in value))
 
 
 def _compute(
@@ -688,11 +728,15 @@ def _prepare(
 def _output(out: Array | None, shape: Sequence[int], like: Array, *inputs: Array | None) -> Array:
     if out is None:
         return np.empty(shape, like.dtype)
-    if not isinstance(out, np.ndarray) or out.shape != tuple(shape) or out.dtype != like.dtype:
-        given = f"shape {out.shape}, dtype {out.dtype}" if hasattr(out, "dtype") else type(out).__name__
-        raise ValueError(f"`out` must be an array of shape {tuple(shape)} and dtype {like.dtype}. Received: {given}")
-    if not out.flags.writeable or any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
-        raise ValueError("`out` must be writeable, every element in its own place. Received: a read-only or broadcast array")
+    if not isinstance(out, np.ndarray) or out.dtype != like.dtype:
+        given = getattr(out, "dtype", type(out).__name__)
+        raise TypeError(f"`out` must be an array of dtype {like.dtype}. Received: {given}")
+    _expect("out", out, shape)
+    broadcast = out.size > 0 and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True))
+    if not out.flags.writeable or broadcast:
+        raise ValueError(
+            "`out` must be writeable, every element in its own place. Received: a read-only or broadcast array"
+        )
     if any(array is not None and _overlap(out, array) for array in inputs):
         raise ValueError("`out` must not share memory with an input. Received: overlapping arrays")
     return out
@@ -700,7 +744,7 @@ def _output(out: Array | None, shape: Sequence[int], like: Array, *inputs: Array
 
 def _overlap(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # the stubs know -1 and 0 only
     except np.exceptions.TooHardError:  # strides so odd that to be sure would take long
         return True
 

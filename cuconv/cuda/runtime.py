@@ -86,4 +86,6 @@ def kernel_directory() -> Path:
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "common.cuh").is_file():
             return folder
-    raise FileNotFoundError(f"cuconv's kernel sources are missing. Looked in {package / 'kernels'} and beside {package}.")
+    raise FileNotFoundError(
+        f"cuconv's kernel sources are missing. Looked in {package / 'kernels'} and beside {package}."
+    )

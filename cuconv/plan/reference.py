@@ -1,25 +1,28 @@
 """Which way the NumPy path goes: strategy and block sizes, from sizes alone.
 
-Everything is a matrix product of BLAS over blocks of output positions that fit the cache. What differs is how the operand
-comes to be; the measured rows are those of ``python -m benchmarks.cpu``.
+Everything is a matrix product of BLAS over blocks of output positions that fit the cache. What differs is how the
+operand comes to be; the measured rows are those of ``python -m benchmarks.cpu``.
 
 Convolution and kernel gradient, with ``rows`` = positions and ``depth`` = taps x channels:
 
-* ``windows`` -- no copy. In a channels-last sequence the k * C inputs of one output are one run; every ceil(k / s)-th output
-  starts behind the run of the one before, so those rows are a matrix with a legal leading dimension: ceil(k / s) products.
-* ``tile`` -- the window matrix is copied out of a (padded) tile in runs of k * C elements. For few channels, where the runs of
-  one tap are too short to copy well.
-* ``taps`` -- the window matrix is copied tap by tap. Any dilation, group and layout; padding needs no other copy.
+* ``windows`` -- no copy. In a channels-last sequence the k * C inputs of one output are one run; every ceil(k / s)-th
+  output starts behind the run of the one before, so those rows are a matrix with a legal leading dimension: ceil(k / s)
+  products.
+* ``tile`` -- the window matrix is copied out of a padded tile, in runs of k * C elements where the dilation is 1.
+* ``taps`` -- the window matrix is copied out of x tap by tap: for groups, for channels_first (where a row of positions
+  is the long run) and for taps so far apart that a tile would be mostly gap.
 
 Depthwise convolution and its kernel gradient, a sum over windows of a padded tile:
 
-* ``channels``, ``positions`` -- which of the two lies innermost in the tile, whatever it does in x: the longer loop wins.
+* ``channels``, ``positions`` -- which of the two lies innermost in the tile, whatever it does in x: the longer loop
+  wins.
 * ``taps`` -- no tile, one slice of x a tap. For taps so far apart that a tile would be mostly gap.
 
 Transposed convolution and input gradient:
 
 * ``gather`` -- stride 1: a convolution with the flipped kernel.
-* ``scatter`` -- one product gives every tap's contribution, and the taps are added where they belong. No zero is inserted.
+* ``scatter`` -- one product gives every tap's contribution, and the taps are added where they belong. No zero is
+  inserted.
 """
 
 from __future__ import annotations
@@ -32,9 +35,16 @@ from dataclasses import dataclass
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 
 DEFAULT_WORKSPACE = 64 << 20  # bytes of scratch memory a call may use
-BLOCK_BYTES = 2 << 20  # bytes of a window matrix: larger ones fall out of the second-level cache (rows conv1d-k15, conv2d-3x3)
-SHORT_RUN = 16  # elements: below one cache line a copy of single taps is slower than one of whole runs (row conv1d-k80)
-FEW_FILTERS = 16  # a product with fewer columns is bound by reading its rows, and those of overlapping windows lie far apart
+BLOCK_BYTES = (
+    4 << 20
+)  # bytes of a window matrix: smaller ones make products too small, larger ones leave the cache (rows conv2d 3x3)
+CACHE_LINE = 16  # elements of a cache line in float32
+PHASE_ROWS = (
+    256  # rows of each of the ceil(k / s) products of windows: fewer and the product is bound by reading the kernel
+)
+FEW_FILTERS = (
+    16  # a product with fewer columns is bound by reading its rows, and those of overlapping windows lie far apart
+)
 
 
 @dataclass(frozen=True)
@@ -54,17 +64,29 @@ class HostPlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_conv(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
-    """The plan of a convolution or its kernel gradient; `itemsize` in bytes is that of the dtype sums are taken in."""
-    depth = math.prod(shape.kernel_size) * shape.in_channels
-    row_bytes = itemsize * (depth + shape.filters)
-    undilated = all(d == 1 or k == 1 for k, d in zip(shape.kernel_size, shape.dilation_rate, strict=True))
-    block = fit_block(_positions(shape), min(BLOCK_BYTES, workspace) // row_bytes)
-    if shape.data_format == CHANNELS_LAST and undilated and shape.groups == 1:
-        wide = shape.filters < FEW_FILTERS and shape.in_channels >= SHORT_RUN and shape.kernel_size[0] > shape.strides[0]
-        if shape.rank == 1 and not wide:
-            return HostPlan("windows", block, "overlapping windows are a legal matrix, nothing is copied")
-        if shape.in_channels < SHORT_RUN:
-            return HostPlan("tile", block, "few channels: windows are copied in runs of whole kernel rows")
+    """The plan of a convolution; `itemsize` in bytes is that of the dtype sums are taken in."""
+    narrow = shape.filters < FEW_FILTERS and shape.in_channels >= CACHE_LINE
+    undilated = shape.rank == 1 and shape.k_eff == shape.kernel_size
+    if undilated and shape.data_format == CHANNELS_LAST and shape.groups == 1 and not narrow:
+        row_bytes = itemsize * (shape.strides[0] * shape.in_channels + shape.filters)
+        phases = -(-shape.kernel_size[0] // shape.strides[0])
+        rows = min(max(BLOCK_BYTES // row_bytes, PHASE_ROWS * phases), workspace // 2 // row_bytes)
+        block = fit_block(_positions(shape), rows)
+        return HostPlan("windows", block, "overlapping windows are a legal matrix, nothing is copied")
+    return plan_columns(shape, itemsize, workspace)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_columns(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
+    """The plan of a window matrix that is copied: a kernel gradient's, or a convolution's."""
+    taps = math.prod(shape.kernel_size)
+    row_bytes = itemsize * (taps * shape.in_channels + shape.filters)
+    block = fit_block(_positions(shape), min(BLOCK_BYTES, workspace // 2) // row_bytes)
+    spans = [(m - 1) * s + k_eff for m, s, k_eff in zip(block[1:], shape.strides, shape.k_eff, strict=True)]
+    tile_bytes = block[0] * math.prod(spans) * shape.in_channels * itemsize
+    compact = tile_bytes <= min(2 * BLOCK_BYTES, workspace // 4)
+    if shape.data_format == CHANNELS_LAST and shape.groups == 1 and compact:
+        return HostPlan("tile", block, "windows are copied out of a padded tile in the longest runs there are")
     return HostPlan("taps", block, "windows are copied tap by tap")
 
 
@@ -73,24 +95,28 @@ def plan_transpose(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
     """The plan of a transposed convolution or input gradient; the block counts positions of ``shape.y_shape``."""
     taps = math.prod(shape.kernel_size)
     row_bytes = itemsize * (taps * shape.in_channels + shape.filters)
-    block = fit_block(_positions(shape), min(BLOCK_BYTES, workspace // 2) // row_bytes)
+    block = fit_block(_positions(shape), min(BLOCK_BYTES, workspace // 4) // row_bytes)
     if max(shape.strides) == 1 and shape.filters <= 2 * shape.in_channels:
-        return HostPlan("gather", block, "stride 1: a convolution with the flipped kernel copies no more than it would add")
-    reason = "each tap's product is added once" if max(shape.strides) > 1 else "fewer values to add than windows to copy"
+        return HostPlan(
+            "gather", block, "stride 1: a convolution with the flipped kernel copies no more than it would add"
+        )
+    reason = (
+        "each tap's product is added once" if max(shape.strides) > 1 else "fewer values to add than windows to copy"
+    )
     return HostPlan("scatter", block, reason)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_depthwise(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
     """The plan of a depthwise convolution or its kernel gradient."""
-    positions = shape.out_size[-1] or 0
+    positions = shape.out_size[-1]
     halo = math.prod(max(0, k_eff - s) + 1 for k_eff, s in zip(shape.k_eff, shape.strides, strict=True))
     # A tile holds what one block reads and, beside it, its outputs and one more copy of them.
     row_bytes = itemsize * (math.prod(shape.strides) * shape.in_channels + 2 * shape.filters)
-    block = fit_block(_positions(shape), min(BLOCK_BYTES, workspace // 2) // row_bytes)
+    block = fit_block(_positions(shape), min(2 * BLOCK_BYTES, workspace // 2) // row_bytes)
     if halo * shape.in_channels * itemsize > min(16 * BLOCK_BYTES, workspace // 2):
         return HostPlan("taps", block, "taps lie too far apart for one tile")
-    if shape.in_channels >= min(SHORT_RUN * 4, positions):
+    if shape.in_channels >= min(4 * CACHE_LINE, positions):
         return HostPlan("channels", block, "the inner loop runs over channels")
     return HostPlan("positions", block, "few channels: the inner loop runs over positions")
 
@@ -99,11 +125,12 @@ def plan_depthwise(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
 def plan_slab(shape: ConvShape, itemsize: int, workspace: int) -> tuple[int, ...]:
     """Batch items and positions of ``shape.x_shape`` whose sums a scatter completes at a time.
 
-    A slab reads one kernel length of its neighbours' inputs again, so it is made several kernels long where memory allows.
+    A slab reads one kernel length of its neighbours' inputs again, so it is made several kernels long where memory
+    allows.
     """
-    sizes = (shape.batch or 0, *(n or 0 for n in shape.in_size))
+    sizes = (shape.batch, *shape.in_size)
     row_bytes = max(1, math.prod(sizes[2:]) * shape.in_channels * itemsize)
-    room = min(max(2 * BLOCK_BYTES, 8 * shape.k_eff[0] * row_bytes), workspace // 2)
+    room = min(max(2 * BLOCK_BYTES, 8 * shape.k_eff[0] * row_bytes), workspace // 4)
     return fit_block(sizes, room // (shape.in_channels * itemsize))
 
 
@@ -121,4 +148,4 @@ def fit_block(sizes: Sequence[int], positions: int) -> tuple[int, ...]:
 
 def _positions(shape: ConvShape) -> tuple[int, ...]:
     """Batch and output sizes of a static shape."""
-    return tuple(size or 0 for size in (shape.batch, *shape.out_size))
+    return (shape.batch, *shape.out_size)

@@ -7,7 +7,8 @@ class PlanError(RuntimeError):
     """No kernel of cuconv computes this configuration on this device."""
 
 
-# Codes of the pointwise activations that kernels apply themselves; mirrored by the ACT_ constants of kernels/common.cuh.
+# Codes of the pointwise activations that kernels apply themselves; mirrored by the ACT_ constants of
+# kernels/common.cuh.
 ACTIVATION_CODES = {
     "linear": 0,
     "relu": 1,

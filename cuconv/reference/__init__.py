@@ -1,6 +1,7 @@
 """The NumPy engine: what :mod:`cuconv.ops` needs of a place where arrays live, on the CPU.
 
-Every function gets its geometry, checked arrays of one dtype and an output to fill. A GPU engine has the same functions.
+Every function gets its geometry, checked arrays of one dtype and an output to fill. A GPU engine has the same
+functions.
 """
 
 from cuconv.reference.conv import conv, kernel_grad

@@ -1,13 +1,13 @@
 """What every NumPy path shares: channels-last views, blocks of positions, padded reads, the epilogue.
 
-All paths are written for channels-last views. A channels-first array is viewed, not copied, so its memory order shows only in
-strides; the strategies in :mod:`cuconv.plan.reference` choose a block layout that suits it.
+All paths are written for channels-last views. A channels-first array is viewed, not copied, so its memory order shows
+only in strides; the strategies in :mod:`cuconv.plan.reference` choose a block layout that suits it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,6 @@ import numpy as np
 from cuconv.geometry import CHANNELS_LAST
 
 Array = np.ndarray
-Activation = Callable[..., Array]
 
 HALF_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -39,9 +38,7 @@ def blocks(sizes: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, 
     """Slices that cover `sizes` in pieces of at most `block`, the last axis fastest."""
     starts = [range(0, size, step) for size, step in zip(sizes, block, strict=True)]
     for corner in itertools.product(*starts):
-        yield tuple(
-            slice(at, min(at + step, size)) for at, step, size in zip(corner, block, sizes, strict=True)
-        )
+        yield tuple(slice(at, min(at + step, size)) for at, step, size in zip(corner, block, sizes, strict=True))
 
 
 def lengths(block: Sequence[slice]) -> tuple[int, ...]:
@@ -67,7 +64,8 @@ def reads(block: slice, n: int, stride: int, offset: int) -> tuple[slice, slice]
     """Where a block of outputs p reads ``l = p * stride + offset`` inside [0, n).
 
     Returns:
-        The part of the block (counted from its start) with l inside, and the slice of the input it reads; both may be empty.
+        The part of the block (counted from its start) with l inside, and the slice of the input it reads; both may be
+        empty.
     """
     first = max(block.start, -(offset // stride))
     last = min(block.stop, (n - 1 - offset) // stride + 1)

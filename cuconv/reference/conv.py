@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from cuconv.activations import Activation
 from cuconv.geometry import CHANNELS_LAST, ConvShape
-from cuconv.plan.reference import HostPlan, plan_conv
+from cuconv.plan.reference import HostPlan, plan_columns, plan_conv
 from cuconv.reference.blocks import (
-    Activation,
     Array,
     blocks,
     channels_last,
@@ -57,7 +58,7 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
         return
     shape, x, dy = _without_taps(shape, x, dy)
     dtype = compute_dtype(x.dtype)
-    plan = plan_conv(shape, dtype.itemsize, workspace)
+    plan = plan_columns(shape, dtype.itemsize, workspace)
     first = shape.data_format != CHANNELS_LAST
     taps, groups = math.prod(shape.kernel_size), shape.groups
     depth, filters = taps * shape.in_channels // groups, shape.filters // groups
@@ -69,8 +70,12 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
     block = (1, *plan.block[1:]) if first else plan.block
     for at in blocks(dy_last.shape[:-1], block):
         matrix = columns.fill(x, at)
+        source = dy_last[at]
+        rhs, stored = _matrices(source, shape, dtype)
+        if stored is not source:
+            stored[...] = source
         # The sum of conj(x) * dy is the conjugate of the sum of x * conj(dy), and dy is the smaller to conjugate.
-        rhs = conjugated(_rows(dy_last[at], shape, dtype))
+        rhs = conjugated(rhs)
         if first:
             matrix, rhs = matrix[0], rhs[0]
         np.matmul(matrix.swapaxes(-1, -2), rhs, out=part)
@@ -80,7 +85,7 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
 
 def _without_taps(shape: ConvShape, x: Array, out: Array) -> tuple[ConvShape, Array, Array]:
     """A convolution of one tap, stride 1 and no padding as one sequence: all positions are rows of one matrix."""
-    if shape.rank == 1 and shape.batch == 1 or max(shape.kernel_size) > 1 or shape.in_size != shape.out_size:
+    if (shape.rank == 1 and shape.batch == 1) or max(shape.kernel_size) > 1 or shape.in_size != shape.out_size:
         return shape, x, out
     if shape.data_format != CHANNELS_LAST or shape.groups > 1 or max(shape.pad_before) > 0:
         return shape, x, out
@@ -100,29 +105,35 @@ def _conv_windows(
     channels, depth = shape.in_channels, taps * shape.in_channels
     w = w.reshape(depth, shape.filters)
     phases = -(-taps // stride)
-    padded = pad > 0 or (shape.out_size[0] - 1) * stride - pad + taps > shape.in_size[0]
-    copied = padded or x.dtype != w.dtype or not x.flags.c_contiguous
+    in_place = x.dtype == w.dtype and x.flags.c_contiguous
     direct = y.dtype == w.dtype and y.flags.c_contiguous
-    for items, positions in blocks(y.shape[:2], plan.block):
-        count, rows = lengths((items, positions))
-        span = (positions.start * stride - pad, (positions.stop - 1) * stride - pad + taps)
-        if copied:
-            source, origin, pitch = np.empty((count, span[1] - span[0], channels), w.dtype), 0, (span[1] - span[0]) * channels
-            read_padded(x[items], (span,), source)
-        else:
-            pitch = x.shape[1] * channels
-            source, origin = x, items.start * pitch + span[0] * channels
-        acc = y[items, positions] if direct else np.empty((count, rows, shape.filters), w.dtype)
-        for phase in range(min(phases, rows)):
-            shown = (count, -(-(rows - phase) // phases), depth)
-            window = strided(source, shown, (pitch, phases * stride * channels, 1), origin + phase * stride * channels)
-            np.matmul(window, w, out=acc[:, phase::phases])
-        if bias is not None:
-            acc += bias
-        if activation is not None:
-            activation(acc, out=acc)
-        if not direct:
-            y[items, positions] = acc
+    # Outputs [inner, outer) read nothing of the padding; only the others need a padded copy of what they read.
+    inner = min(max(0, -(-pad // stride)), y.shape[1]) if in_place else 0
+    outer = max(inner, min(y.shape[1], (x.shape[1] + pad - taps) // stride + 1)) if in_place else inner
+    for start, stop, padded in ((0, inner, True), (inner, outer, False), (outer, y.shape[1], True)):
+        for items, piece in blocks((y.shape[0], stop - start), plan.block):
+            positions = slice(start + piece.start, start + piece.stop)
+            count, rows = lengths((items, positions))
+            first = positions.start * stride - pad
+            span = (rows - 1) * stride + taps
+            if padded:
+                source, origin, pitch = np.empty((count, span, channels), w.dtype), 0, span * channels
+                read_padded(x[items], ((first, first + span),), source)
+            else:
+                pitch = x.shape[1] * channels
+                source, origin = x, items.start * pitch + first * channels
+            acc = y[items, positions] if direct else np.empty((count, rows, shape.filters), w.dtype)
+            for phase in range(min(phases, rows)):
+                shown = (count, -(-(rows - phase) // phases), depth)
+                steps = (pitch, phases * stride * channels, 1)
+                window = strided(source, shown, steps, origin + phase * stride * channels)
+                np.matmul(window, w, out=acc[:, phase::phases])
+            if bias is not None:
+                acc += bias
+            if activation is not None:
+                activation(acc, out=acc)
+            if not direct:
+                y[items, positions] = acc
 
 
 def _conv_columns(
@@ -137,18 +148,14 @@ def _conv_columns(
     y = channels_last(y, shape.data_format)
     for at in blocks(y.shape[:-1], plan.block):
         target = y[at]
-        acc = _rows_view(target, shape) if y.dtype == w.dtype else None
-        direct = acc is not None
-        if acc is None:
-            scratch = np.empty(_stored(target.shape, shape.data_format), w.dtype)
-            acc = _rows_view(channels_last(scratch, shape.data_format), shape)
+        acc, stored = _matrices(target, shape, w.dtype)
         np.matmul(columns.fill(x, at), w, out=acc)
         if bias is not None:
             acc += bias
         if activation is not None:
             activation(acc, out=acc)
-        if not direct:
-            target[...] = channels_last(scratch, shape.data_format)
+        if stored is not target:
+            target[...] = stored
 
 
 def _stored(shape: Sequence[int], data_format: str) -> tuple[int, ...]:
@@ -156,37 +163,46 @@ def _stored(shape: Sequence[int], data_format: str) -> tuple[int, ...]:
     return tuple(shape) if data_format == CHANNELS_LAST else (shape[0], shape[-1], *shape[1:-1])
 
 
-def _rows_view(block: Array, shape: ConvShape) -> Array | None:
-    """A channels-last block [b, p.., F] as matrices of one group, or None where that needs a copy.
+def _matrices(block: Array, shape: ConvShape, dtype: np.dtype) -> tuple[Array, Array]:
+    """A channels-last block [b, p.., F] as matrices of one group in `dtype`, and the block they are views of.
 
-    Channels-last memory gives [G, b*p, F/G]; channels-first memory [b, G, p, F/G], whose matrices are stored transposed.
+    That is `block` itself where its memory allows, otherwise a new one of the same shape, not filled.
     """
-    count, filters = block.shape[0], block.shape[-1]
-    groups = shape.groups
+    if block.dtype == dtype:
+        try:
+            return _grouped(block, shape), block
+        except ValueError:
+            pass
+    scratch = channels_last(np.empty(_stored(block.shape, shape.data_format), dtype), shape.data_format)
+    return _grouped(scratch, shape), scratch
+
+
+def _grouped(block: Array, shape: ConvShape) -> Array:
+    """Views [G, b*p, F/G] of channels-last memory; of channels-first memory [b, G, p, F/G], stored transposed.
+
+    Raises:
+        ValueError: the axes of `block` cannot be merged, or a row is not in one piece as BLAS needs it.
+    """
+    count, filters, groups = block.shape[0], block.shape[-1], shape.groups
     rows = math.prod(block.shape[1:-1])
     if shape.data_format == CHANNELS_LAST:
-        flat = merged(block, (count * rows, groups, filters // groups))
-        # A row stride below the row length would make BLAS refuse the matrix.
-        return None if flat is None or flat.strides[-1] != flat.itemsize else flat.transpose(1, 0, 2)
-    flat = merged(np.moveaxis(block, -1, 1), (count, groups, filters // groups, rows))
-    return None if flat is None or flat.strides[-1] != flat.itemsize else flat.swapaxes(-1, -2)
-
-
-def _rows(block: Array, shape: ConvShape, dtype: np.dtype) -> Array:
-    """As :func:`_rows_view` in `dtype`, copied where it must be."""
-    view = _rows_view(block, shape) if block.dtype == dtype else None
-    if view is not None:
-        return view
-    scratch = np.empty(_stored(block.shape, shape.data_format), dtype)
-    channels_last(scratch, shape.data_format)[...] = block
-    return _rows_view(channels_last(scratch, shape.data_format), shape)
+        flat = block.reshape((count * rows, groups, filters // groups), copy=False)
+        views = flat.transpose(1, 0, 2)
+    else:
+        flat = np.moveaxis(block, -1, 1).reshape((count, groups, filters // groups, rows), copy=False)
+        views = flat.swapaxes(-1, -2)
+    if flat.strides[-1] != flat.itemsize:
+        raise ValueError("a row is not in one piece")
+    return views
 
 
 class Columns:
-    """The window matrix of one block of outputs after another: [G, b*p, taps*C/G], or [b, G, p, taps*C/G] in channels_first.
+    """The window matrix of one block of outputs after another.
 
-    Its buffer is allocated once; in channels_first the matrices are stored transposed, so that a row of memory is a row of
-    positions, which x has in one piece too.
+    It is [G, b*p, taps*C/G], in channels_first [b, G, p, taps*C/G].
+
+    Its buffer is allocated once; in channels_first the matrices are stored transposed, so that a row of memory is a row
+    of positions, which x has in one piece too.
     """
 
     def __init__(self, shape: ConvShape, plan: HostPlan, dtype: np.dtype) -> None:
@@ -225,25 +241,26 @@ class Columns:
             )
         ]
         sizes = lengths(at)
-        every = (slice(None),)
+        every: tuple[Any, ...] = (slice(None),)
         for tap in itertools.product(*(range(k) for k in shape.kernel_size)):
             inside, source = zip(*(axes[axis][index] for axis, index in enumerate(tap)), strict=True)
-            target = windows[(*every, *(slice(None),) * shape.rank, *tap)]
+            target = windows[every * (1 + shape.rank) + tap]
             if lengths(inside) != sizes:
                 target[...] = 0
             target[every + inside] = x[every + source]
 
     def _copy_tile(self, x: Array, at: tuple[slice, ...], buffer: Array) -> None:
-        """Fill `buffer` [b, p.., taps * C] from x [b, L.., C] in runs of a kernel row: dilation 1, one group."""
+        """Fill `buffer` [b, p.., taps * C] from x [b, L.., C] by way of a padded tile; one group."""
         shape = self.shape
         spans = [
-            (block.start * s - pad, (block.stop - 1) * s - pad + k)
-            for block, s, k, pad in zip(at, shape.strides, shape.kernel_size, shape.pad_before, strict=True)
+            (block.start * s - pad, (block.stop - 1) * s - pad + k_eff)
+            for block, s, k_eff, pad in zip(at, shape.strides, shape.k_eff, shape.pad_before, strict=True)
         ]
         tile = np.empty((x.shape[0], *(last - first for first, last in spans), shape.in_channels), buffer.dtype)
         read_padded(x, spans, tile)
-        steps = [step // tile.itemsize for step in tile.strides]
-        outer, run = shape.kernel_size[:-1], shape.kernel_size[-1] * shape.in_channels
-        shown = (x.shape[0], *lengths(at), *outer, run)
-        moves = [step * s for step, s in zip(steps[1:-1], shape.strides, strict=True)]
-        np.copyto(buffer.reshape(shown), strided(tile, shown, (steps[0], *moves, *steps[1 : shape.rank], 1)))
+        batch, *steps, _ = (step // tile.itemsize for step in tile.strides)
+        shown = (x.shape[0], *lengths(at), *shape.kernel_size, shape.in_channels)
+        moves = [step * s for step, s in zip(steps, shape.strides, strict=True)]
+        taps = [step * d for step, d in zip(steps, shape.dilation_rate, strict=True)]
+        # With dilation 1 the last two axes are one run in both arrays, which the copy finds out by itself.
+        np.copyto(buffer.reshape(shown), strided(tile, shown, (batch, *moves, *taps, 1)))

@@ -1,7 +1,7 @@
 """Depthwise convolution, its transpose and its kernel gradient on NumPy arrays.
 
-A depthwise kernel is w [taps.., C, M]; output channel ``c * M + m`` reads input channel c. BLAS has nothing for it; the sum over
-windows is one ``einsum`` on a strided view of a tile, whose inner loop is long and contiguous.
+A depthwise kernel is w [taps.., C, M]; output channel ``c * M + m`` reads input channel c. BLAS has nothing for it; the
+sum over windows is one ``einsum`` on a strided view of a tile, whose inner loop is long and contiguous.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cuconv.activations import Activation
 from cuconv.geometry import ConvShape
 from cuconv.plan.reference import HostPlan, plan_depthwise, plan_transpose
 from cuconv.reference.blocks import (
-    Activation,
     Array,
     blocks,
     channels_last,
@@ -42,18 +42,20 @@ def depthwise_conv(
     w = w.astype(dtype, copy=False).reshape(*shape.kernel_size, channels, multiplier)
     x, out = channels_last(x, shape.data_format), channels_last(out, shape.data_format)
     add = _sum_taps if plan.strategy == "taps" else _sum_windows
+    direct = multiplier == 1 and out.dtype == dtype
     for at in blocks(out.shape[:-1], plan.block):
-        target = out[at]
-        sums = [_empty((*lengths(at), channels), dtype, plan) for _ in range(multiplier)]
         source = x[at[0]]
-        windows = None if plan.strategy == "taps" else _windows(shape, plan, source, at[1:], dtype)
-        for m, acc in enumerate(sums):
-            add(shape, source if windows is None else windows, w[..., m], acc, at[1:])
+        windows = source if plan.strategy == "taps" else _windows(shape, plan, source, at[1:], dtype)
+        for m in range(multiplier):
+            target = out[at][..., m::multiplier]
+            acc = target if direct else _empty(target.shape, dtype, plan)
+            add(shape, windows, w[..., m], acc, at[1:])
             if bias is not None:
                 acc += bias[m::multiplier]
             if activation is not None:
                 activation(acc, out=acc)
-            target[..., m::multiplier] = acc
+            if not direct:
+                target[...] = acc
 
 
 def depthwise_kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
@@ -85,7 +87,7 @@ def depthwise_kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, wor
 
 
 def depthwise_transpose(shape: ConvShape, y: Array, w: Array, out: Array, workspace: int) -> None:
-    """Write the transpose of the depthwise convolution applied to `y` (``shape.y_shape``) to `out` (``shape.x_shape``)."""
+    """Write the transposed depthwise convolution of `y` (``shape.y_shape``) to `out` (``shape.x_shape``)."""
     if out.size == 0:
         return
     dtype = compute_dtype(y.dtype)
@@ -108,17 +110,21 @@ def _empty(shape: Sequence[int], dtype: np.dtype, plan: HostPlan) -> Array:
 def _windows(shape: ConvShape, plan: HostPlan, x: Array, at: tuple[slice, ...], dtype: np.dtype) -> Array:
     """The windows [taps.., b, p.., C] of the outputs `at`, a view of a padded tile copied from x [b, L.., C]."""
     spans = [
-        (part.start * s - (pad or 0), (part.stop - 1) * s - (pad or 0) + k_eff)
+        (part.start * s - pad, (part.stop - 1) * s - pad + k_eff)
         for part, s, pad, k_eff in zip(at, shape.strides, shape.pad_before, shape.k_eff, strict=True)
     ]
-    tile = _empty((x.shape[0], *(last - first for first, last in spans), x.shape[-1]), dtype, plan)
-    read_padded(x, spans, tile)
-    batch, *steps, channel = (step // tile.itemsize for step in tile.strides)
+    inside = all(first >= 0 and last <= n for (first, last), n in zip(spans, x.shape[1:-1], strict=True))
+    inner = x.strides[-2 if plan.strategy == "positions" else -1]
+    if inside and x.dtype == dtype and inner == x.itemsize:
+        tile = x[(slice(None), *(slice(first, last) for first, last in spans))]
+    else:
+        tile = _empty((x.shape[0], *(last - first for first, last in spans), x.shape[-1]), dtype, plan)
+        read_padded(x, spans, tile)
+    batch, *steps, channel = tile.strides
     taps = [step * d for step, d in zip(steps, shape.dilation_rate, strict=True)]
     moves = [step * s for step, s in zip(steps, shape.strides, strict=True)]
     shown = (*shape.kernel_size, x.shape[0], *lengths(at), x.shape[-1])
-    stored = tile if tile.flags.c_contiguous else np.moveaxis(tile, -1, 1)
-    return strided(stored, shown, (*taps, batch, *moves, channel))
+    return np.lib.stride_tricks.as_strided(tile, shown, (*taps, batch, *moves, channel), writeable=False)
 
 
 def _sum_windows(shape: ConvShape, windows: Array, w: Array, acc: Array, at: tuple[slice, ...]) -> None:
@@ -133,24 +139,22 @@ def _sum_taps(shape: ConvShape, x: Array, w: Array, acc: Array, at: tuple[slice,
 
 
 def _tap_reads(shape: ConvShape, at: tuple[slice, ...]) -> list[tuple[tuple[int, ...], tuple, tuple]]:
-    """For every tap: its index, the part of the block `at` whose input lies inside x, and that input; batch axis included."""
+    """For every tap its index, the part of the block `at` whose input lies inside x, and that input."""
     found = []
     for tap in itertools.product(*map(range, shape.kernel_size)):
-        offsets = [t * d - (pad or 0) for t, d, pad in zip(tap, shape.dilation_rate, shape.pad_before, strict=True)]
-        pairs = [reads(*axis) for axis in zip(at, map(int, shape.in_size), shape.strides, offsets, strict=True)]
+        offsets = [t * d - pad for t, d, pad in zip(tap, shape.dilation_rate, shape.pad_before, strict=True)]
+        pairs = [reads(*axis) for axis in zip(at, shape.in_size, shape.strides, offsets, strict=True)]
         inside, reached = zip(*pairs, strict=True)
         found.append((tap, (slice(None), *inside), (slice(None), *reached)))
     return found
 
 
-def _add_taps(
-    shape: ConvShape, y: Array, w: Array, slab: Array, at: tuple[slice, ...], origin: Sequence[int]
-) -> None:
-    """Add the contributions of y [b, p.., C*M], the block `at`, to `slab` [b, u.., C], where p = 0 begins at u = `origin`."""
+def _add_taps(shape: ConvShape, y: Array, w: Array, slab: Array, at: tuple[slice, ...], origin: Sequence[int]) -> None:
+    """Add the contributions of y [b, p.., C*M], the block `at`, to `slab` [b, u.., C]; p = 0 is u = `origin`."""
     corner, moves = slab_corner(shape, slab, at, origin)
     shown = (*y.shape[:-1], shape.in_channels)
     parts = np.moveaxis(y.reshape(*shown, shape.depth_multiplier), -1, 0).astype(slab.dtype)
     for tap in itertools.product(*map(range, shape.kernel_size)):
         target = strided(slab, shown, (*moves, 1), corner + tap_offset(shape, slab, tap))
         for m, part in enumerate(parts):
-            target += part * w[(*tap, slice(None), m)]
+            target += part * w[tap][:, m]

@@ -1,7 +1,7 @@
 """Separable convolution on NumPy arrays: depthwise, then pointwise, a slab of positions at a time.
 
-The array between the two is never whole in memory: each slab of outputs is a convolution of its own, of fewer positions and
-shifted padding, and its intermediate fits the workspace.
+The array between the two is never whole in memory: each slab of outputs is a convolution of its own, of fewer positions
+and shifted padding, and its intermediate fits the workspace.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cuconv.activations import Activation
 from cuconv.geometry import CHANNELS_LAST, ConvShape, Halo
 from cuconv.plan.reference import fit_block
-from cuconv.reference.blocks import Activation, Array, blocks, compute_dtype
+from cuconv.reference.blocks import Array, blocks, compute_dtype
 from cuconv.reference.conv import conv, kernel_grad
 from cuconv.reference.depthwise import depthwise_conv, depthwise_kernel_grad, depthwise_transpose
 from cuconv.reference.transpose import conv_transpose
@@ -34,19 +35,27 @@ def separable_conv(
     for part, items, rows in _slabs(shape, workspace):
         middle = _middle(part, x[items], depthwise_w, workspace)
         target = _axis(out, shape, rows)[items]
-        conv(pointwise_shape(part, target.shape, pointwise_w), middle, pointwise_w, bias, activation, target, workspace // 2)
+        conv(
+            pointwise_shape(part, target.shape, pointwise_w),
+            middle,
+            pointwise_w,
+            bias,
+            activation,
+            target,
+            workspace // 2,
+        )
 
 
 def separable_input_grad(
     shape: ConvShape, dy: Array, depthwise_w: Array, pointwise_w: Array, out: Array, workspace: int
 ) -> None:
     """Write the gradient of x to `out`; `shape` is that of the depthwise part, the kernels are conjugated already."""
-    stride, pad = shape.strides[0], shape.pad_before[0] or 0
+    stride, pad = shape.strides[0], shape.pad_before[0]
     reach = Halo(stride, shape.k_eff[0], pad)
-    sizes = tuple(size or 0 for size in (shape.batch, shape.in_size[0]))
+    sizes = (shape.batch, shape.in_size[0])
     for items, rows in blocks(sizes, _slab_block(shape, sizes, workspace)):
         begin, end = reach.output_range(rows.start, rows.stop)
-        begin, end = max(begin, 0), max(begin, 0, min(end, shape.out_size[0] or 0))
+        begin, end = max(begin, 0), max(begin, 0, min(end, shape.out_size[0]))
         part = dataclasses.replace(
             shape,
             batch=items.stop - items.start,
@@ -98,14 +107,14 @@ def pointwise_shape(shape: ConvShape, y_shape: tuple[int, ...], pointwise_w: Arr
 
 def _slabs(shape: ConvShape, workspace: int) -> Iterator[tuple[ConvShape, slice, slice]]:
     """The depthwise convolution cut along batch and first axis: its parts, with the items and output rows they are."""
-    sizes = tuple(size or 0 for size in (shape.batch, shape.out_size[0]))
+    sizes = (shape.batch, shape.out_size[0])
     for items, rows in blocks(sizes, _slab_block(shape, sizes, workspace)):
         yield (
             dataclasses.replace(
                 shape,
                 batch=items.stop - items.start,
                 out_size=(rows.stop - rows.start, *shape.out_size[1:]),
-                pad_before=((shape.pad_before[0] or 0) - rows.start * shape.strides[0], *shape.pad_before[1:]),
+                pad_before=(shape.pad_before[0] - rows.start * shape.strides[0], *shape.pad_before[1:]),
             ),
             items,
             rows,
@@ -113,7 +122,7 @@ def _slabs(shape: ConvShape, workspace: int) -> Iterator[tuple[ConvShape, slice,
 
 
 def _slab_block(shape: ConvShape, sizes: tuple[int, int], workspace: int) -> tuple[int, ...]:
-    row = math.prod(size or 0 for size in shape.out_size[1:]) * shape.filters * 8  # 8: bytes of the widest real type
+    row = math.prod(shape.out_size[1:]) * shape.filters * 8  # 8: bytes of the widest real type
     return fit_block(sizes, min(4 << 20, workspace // 4) // max(1, row))
 
 

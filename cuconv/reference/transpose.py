@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cuconv.activations import Activation
 from cuconv.geometry import ConvShape, Halo
 from cuconv.plan.reference import plan_slab, plan_transpose
-from cuconv.reference.blocks import Activation, Array, blocks, channels_last, compute_dtype, strided
+from cuconv.reference.blocks import Array, blocks, channels_last, compute_dtype, strided
 from cuconv.reference.conv import conv
 
 AddTaps = Callable[[ConvShape, Array, Array, Array, tuple[slice, ...], Sequence[int]], None]
@@ -20,7 +21,9 @@ AddTaps = Callable[[ConvShape, Array, Array, Array, tuple[slice, ...], Sequence[
 def conv_transpose(
     shape: ConvShape, y: Array, w: Array, bias: Array | None, activation: Activation | None, out: Array, workspace: int
 ) -> None:
-    """Write ``activation(sum over p,r,f of y[b,p,f] * w[r,c,f] at p*stride + r*dilation - pad_before + bias[c])`` to `out`.
+    """Write ``activation(bias[c] + sum over p,r,f of y[b,p,f] * w[r,c,f])`` to `out`.
+
+    The sum at position u is over the p and r with ``p*stride + r*dilation - pad_before = u``.
 
     Args:
         shape: the convolution this is the transpose of; `y` is ``shape.y_shape``, `out` is ``shape.x_shape``.
@@ -48,14 +51,16 @@ def flipped_shape(shape: ConvShape) -> ConvShape:
         out_size=shape.in_size,
         in_channels=shape.filters,
         filters=shape.in_channels,
-        pad_before=tuple(k_eff - 1 - (pad or 0) for k_eff, pad in pads),
+        pad_before=tuple(k_eff - 1 - pad for k_eff, pad in pads),
     )
 
 
 def _flipped_kernel(shape: ConvShape, w: Array) -> Array:
     """w [taps.., C/G, F] with its taps reversed and, in every group, its channels exchanged: [taps.., F/G, C]."""
     depth = shape.in_channels // shape.groups
-    split = np.flip(w, axis=tuple(range(shape.rank))).reshape(*shape.kernel_size, depth, shape.groups, shape.depth_multiplier)
+    split = np.flip(w, axis=tuple(range(shape.rank))).reshape(
+        *shape.kernel_size, depth, shape.groups, shape.depth_multiplier
+    )
     return np.moveaxis(split, -1, -3).swapaxes(-1, -2).reshape(*shape.kernel_size, -1, shape.in_channels)
 
 
@@ -77,7 +82,7 @@ def scatter(
         block: batch items and positions of `y` that one call of `add_taps` gets.
     """
     y, out = channels_last(y, shape.data_format), channels_last(out, shape.data_format)
-    reaches = [Halo(s, k_eff, pad or 0) for s, k_eff, pad in zip(shape.strides, shape.k_eff, shape.pad_before, strict=True)]
+    reaches = [Halo(s, k_eff, pad) for s, k_eff, pad in zip(shape.strides, shape.k_eff, shape.pad_before, strict=True)]
     for items, *positions in blocks(out.shape[:-1], plan_slab(shape, w.itemsize, workspace)):
         spans = [_Span.of(*axis) for axis in zip(reaches, positions, y.shape[1:-1], strict=True)]
         count = items.stop - items.start
@@ -96,7 +101,7 @@ def scatter(
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """One axis of a slab: positions [start, stop) of the uncropped result, from the inputs `read`; `crop` is what is kept."""
+    """One axis of a slab: [start, stop) of the uncropped result, from the inputs `read`; `crop` is kept."""
 
     start: int
     stop: int
@@ -115,7 +120,10 @@ class _Span:
 
 
 def slab_corner(shape: ConvShape, slab: Array, at: tuple[slice, ...], origin: Sequence[int]) -> tuple[int, list[int]]:
-    """Where the first tap of the block `at` of y begins in `slab`, and the steps to the next item and positions, in elements."""
+    """Where the first tap of the block `at` of y lies in `slab`, and the steps to the next item and positions.
+
+    Both count elements.
+    """
     batch, *steps = (step // slab.itemsize for step in slab.strides[:-1])
     corner = at[0].start * batch
     for part, first, s, step in zip(at[1:], origin, shape.strides, steps, strict=True):
@@ -129,10 +137,8 @@ def tap_offset(shape: ConvShape, slab: Array, tap: Sequence[int]) -> int:
     return sum(t * d * step for t, d, step in zip(tap, shape.dilation_rate, steps, strict=True)) // slab.itemsize
 
 
-def _add_taps(
-    shape: ConvShape, y: Array, w: Array, slab: Array, at: tuple[slice, ...], origin: Sequence[int]
-) -> None:
-    """Add the contributions of y [b, p.., F], the block `at`, to `slab` [b, u.., C], where p = 0 begins at u = `origin`."""
+def _add_taps(shape: ConvShape, y: Array, w: Array, slab: Array, at: tuple[slice, ...], origin: Sequence[int]) -> None:
+    """Add the contributions of y [b, p.., F], the block `at`, to `slab` [b, u.., C]; p = 0 is u = `origin`."""
     groups, channels = shape.groups, shape.in_channels
     depth, filters = channels // groups, shape.filters // groups
     count, *sizes = y.shape[:-1]

@@ -1,8 +1,8 @@
 """Upsampling by whole factors on NumPy arrays, one spatial axis after the other.
 
-Output p of an axis lies at ``(p + 1/2) / size - 1/2`` of the input (half-pixel centres, corners not aligned). Beyond the edge
-stands the edge, except for the Lanczos kernels, which leave such taps out and share their weight among the others.
-bicubic is Keys' kernel with a = -3/4.
+Output p of an axis lies at ``(p + 1/2) / size - 1/2`` of the input (half-pixel centres, corners not aligned). Beyond
+the edge stands the edge, except for the Lanczos kernels, which leave such taps out and share their weight among the
+others. bicubic is Keys' kernel with a = -3/4.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def _apply(tables: list[tuple[Array, Array]], x: Array, out: Array) -> None:
         for axis, ((index, weight), span) in enumerate(zip(cut, spans, strict=True), start=1):
             index, weight = index - span.start, weight.astype(dtype)
             column = (-1,) + (1,) * (values.ndim - 1 - axis)
-            total = 0
-            for tap in range(index.shape[1]):
-                total = total + values.take(index[:, tap], axis=axis) * weight[:, tap].reshape(column)
-            values = total
+            shares = (
+                values.take(index[:, tap], axis=axis) * weight[:, tap].reshape(column) for tap in range(index.shape[1])
+            )
+            values = functools.reduce(np.add, shares)
         out[(items, *at)] = values
 
 
@@ -105,7 +105,7 @@ def _taps(n: int, size: int, interpolation: str) -> tuple[Array, Array]:
 
 @functools.lru_cache(maxsize=64)
 def _collected(n: int, size: int, interpolation: str) -> tuple[Array, Array]:
-    """The same table read the other way: which outputs hold a share of each input, index [n, shares], and their weights."""
+    """The same table read the other way: the outputs that hold a share of each input, [n, shares], and the weights."""
     index, weight = _taps(n, size, interpolation)
     outputs = np.broadcast_to(np.arange(n * size)[:, None], index.shape)
     order = np.argsort(index, axis=None, kind="stable")
