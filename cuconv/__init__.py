@@ -1,8 +1,26 @@
 """Convolutions for NumPy and CuPy arrays, on raw CUDA kernels, with Keras' layers on top."""
 
-from cuconv import ops
-from cuconv.ops import asarray
+from cuconv import activations, constraints, initializers, layers, models, ops, regularizers
+from cuconv.models import Input, Model, Sequential, load_model
+from cuconv.ops import asarray, halo
+from cuconv.seeding import set_random_seed
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "asarray", "ops"]
+__all__ = [
+    "Input",
+    "Model",
+    "Sequential",
+    "__version__",
+    "activations",
+    "asarray",
+    "constraints",
+    "halo",
+    "initializers",
+    "layers",
+    "load_model",
+    "models",
+    "ops",
+    "regularizers",
+    "set_random_seed",
+]
