@@ -1,0 +1,61 @@
+# `make` lists the targets. Each creates .venv where there is none and installs what it lacks, once.
+
+PYTHON ?= python3
+# Keywords for pytest, for example: make test ARGS="-k transpose"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests run one process a core, each with one BLAS thread.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint test-keras bench-cpu clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.has-base  ## watch a Conv1D network learn from a smartwatch's sensors, under a minute
+	@$(BIN)/cuconv demo
+
+test: $(VENV)/.has-test  ## run the tests that need no GPU and no Keras
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not keras and not gpu" $(ARGS)
+
+lint: $(VENV)/.has-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-keras: $(VENV)/.has-keras-test  ## compare every layer with a live Keras 3 on torch
+	KERAS_BACKEND=torch $(BIN)/python -c "import keras, torch; print('Keras', keras.__version__, 'on torch', torch.__version__)"
+	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest -n auto -m keras $(ARGS)
+
+bench-cpu: $(VENV)/.has-bench  ## time the NumPy path against torch and onnxruntime, one thread
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.cpu $(ARGS)
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.has-base: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.has-test $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+$(VENV)/.has-keras-test $(VENV)/.has-bench: $(VENV)/.has-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+# A failed `venv` leaves half a folder behind, so it is removed before the next way is tried.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'cuconv needs Python 3.10 or newer. Name one: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null \
+	  || { rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } \
+	  || { rm -rf $(VENV); uv venv --quiet --seed --python $(PYTHON) $(VENV) 2>/dev/null; } \
+	  || { rm -rf $(VENV); echo 'This Python cannot create virtual environments. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
