@@ -1,0 +1,1 @@
+"""Benchmarks of cuconv against the libraries people use today."""
