@@ -75,9 +75,18 @@ def reads(block: slice, n: int, stride: int, offset: int) -> tuple[slice, slice]
     return slice(first - block.start, last - block.start), slice(start, (last - 1) * stride + offset + 1, stride)
 
 
+def zero_outside(block: Array, inside: Sequence[slice]) -> None:
+    """Set `block` [b, p.., ...] to zero where a position lies outside of the slices `inside`."""
+    for axis, part in enumerate(inside, start=1):
+        before = (slice(None),) * axis
+        if part.start > 0:
+            block[(*before, slice(0, part.start))] = 0
+        if part.stop < block.shape[axis]:
+            block[(*before, slice(part.stop, None))] = 0
+
+
 def read_padded(x: Array, spans: Sequence[tuple[int, int]], out: Array) -> None:
     """Copy positions ``spans`` of channels-last `x` [b, L.., C] into `out`, zeros where they lie outside of x."""
     inside = [reads(slice(first, last), n, 1, 0) for (first, last), n in zip(spans, x.shape[1:-1], strict=True)]
-    if lengths([at for at, _ in inside]) != out.shape[1:-1]:
-        out[...] = 0
+    zero_outside(out, [at for at, _ in inside])
     out[(slice(None), *(at for at, _ in inside))] = x[(slice(None), *(source for _, source in inside))]

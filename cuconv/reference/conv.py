@@ -23,6 +23,7 @@ from cuconv.reference.blocks import (
     read_padded,
     reads,
     strided,
+    zero_outside,
 )
 
 
@@ -240,13 +241,11 @@ class Columns:
                 at, shape.in_size, shape.kernel_size, shape.strides, shape.dilation_rate, shape.pad_before, strict=True
             )
         ]
-        sizes = lengths(at)
         every: tuple[Any, ...] = (slice(None),)
         for tap in itertools.product(*(range(k) for k in shape.kernel_size)):
             inside, source = zip(*(axes[axis][index] for axis, index in enumerate(tap)), strict=True)
             target = windows[every * (1 + shape.rank) + tap]
-            if lengths(inside) != sizes:
-                target[...] = 0
+            zero_outside(target, inside)
             target[every + inside] = x[every + source]
 
     def _copy_tile(self, x: Array, at: tuple[slice, ...], buffer: Array) -> None:
