@@ -524,7 +524,7 @@ def conv_lstm_step(
     z, cell, recurrent = _lstm_sums(
         x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation
     )
-    new_h, new_c = np.empty_like(c, shape=c.shape), np.empty_like(c, shape=c.shape)
+    new_h, new_c = np.empty_like(c), np.empty_like(c)
     data_format = geometry.normalize_data_format(data_format)
     _engine(z).gates(z, c, cell, recurrent, data_format, new_h, new_c)
     return new_h, new_c
@@ -560,7 +560,7 @@ def conv_lstm_step_grad(
     _expect("dh", dh, c.shape)
     _expect("dc", dc, c.shape)
     data_format = geometry.normalize_data_format(data_format)
-    dz, dc_before = np.empty_like(z), np.empty_like(c, shape=c.shape)
+    dz, dc_before = np.empty_like(z), np.empty_like(c)
     engine.gates_grad(z, c, dh, dc, cell, recurrent, data_format, dz, dc_before)
     dx, dh_before, dw, drecurrent_w, dbias = dz, None, None, None, None
     if recurrent_w is not None:
@@ -586,14 +586,16 @@ def _lstm_sums(
     recurrent_activation: Any,
 ) -> tuple[Array, Any, Any]:
     """The gates' sums z [B, p.., 4F] and both activations, all arguments checked."""
+    _engine(x, h, c, w, recurrent_w, bias)
     cell, recurrent = (_activation(given, x.dtype) for given in (activation, recurrent_activation))
+    if "glu" in (cell.name, recurrent.name):
+        raise ValueError('an activation of a gate must keep its shape, which "glu" does not. Received: "glu"')
     if w is None and bias is not None:
         raise ValueError(
             "`bias` must be None where `w` is None: x holds the convolution with its bias already. Received: an array"
         )
     data_format = geometry.normalize_data_format(data_format)
     z = x if w is None else conv(x, w, bias, data_format=data_format, **convolution)
-    _engine(z, h, c)
     batch, sizes, gates = geometry.split_shape(z.shape, data_format)
     filters = gates // 4
     if filters * 4 != gates:
@@ -727,7 +729,7 @@ def _prepare(
 
 def _output(out: Array | None, shape: Sequence[int], like: Array, *inputs: Array | None) -> Array:
     if out is None:
-        return np.empty(shape, like.dtype)
+        return np.empty_like(like, order="C", subok=False, shape=shape)
     if not isinstance(out, np.ndarray) or out.dtype != like.dtype:
         given = getattr(out, "dtype", type(out).__name__)
         raise TypeError(f"`out` must be an array of dtype {like.dtype}. Received: {given}")
