@@ -277,7 +277,7 @@ def conv_shape(
     data_format, rank = normalize_data_format(data_format), _rank(x_shape, w_shape)
     kernel_size, depth, filters = _taps(w_shape, rank), int(w_shape[-2]), int(w_shape[-1])
     batch, in_size, channels = split_shape(x_shape, data_format)
-    _check_groups(groups, depth * groups if as_int(groups) else depth, filters)
+    _check_groups(groups, filters, "filters")
     if channels != depth * groups:
         raise ValueError(
             f"the input must have {depth * groups} channels, which the kernel's input channels ({depth}) times "
@@ -340,7 +340,7 @@ def transpose_shape(
     data_format, rank = normalize_data_format(data_format), _rank(x_shape, w_shape)
     kernel_size, depth, in_channels = _taps(w_shape, rank), int(w_shape[-2]), int(w_shape[-1])
     batch, in_size, channels = split_shape(x_shape, data_format)
-    _check_groups(groups, in_channels, depth * groups if as_int(groups) else depth)
+    _check_groups(groups, in_channels, "input channels")
     if channels != in_channels:
         raise ValueError(
             f"the input must have {in_channels} channels, the last axis of a transposed kernel. "
@@ -459,15 +459,12 @@ def _taps(w_shape: Sequence[int], rank: int) -> tuple[int, ...]:
     return kernel_size
 
 
-def _check_groups(groups: object, in_channels: int, filters: int) -> None:
+def _check_groups(groups: object, divided: int, what: str) -> None:
     count = as_int(groups)
     if count is None or count < 1:
         raise ValueError(f"`groups` must be an integer >= 1. Received: groups={groups!r}")
-    if in_channels % count or filters % count:
-        raise ValueError(
-            f"`groups` must divide the input channels ({in_channels}) and the filters ({filters}). "
-            f"Received: groups={groups}"
-        )
+    if divided % count:
+        raise ValueError(f"`groups` must divide the {what} ({divided}). Received: groups={groups}")
 
 
 # --- Reshaping families ------------------------------------------------------------------------------------------

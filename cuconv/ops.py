@@ -89,11 +89,16 @@ def asarray(x: Any, dtype: Any = None) -> Array:
     """`x` as an array where cuconv computes: on the GPU where one is usable, else a NumPy array.
 
     The first call says which it is and why, through the logger "cuconv"; ``cuconv doctor`` says it in full.
+
+    Raises:
+        TypeError: `x` does not hold numbers.
     """
     _announce()
     if not isinstance(x, np.ndarray) and hasattr(x, "__cuda_array_interface__"):
         return x if dtype is None else x.astype(dtype, copy=False)
     array = np.asarray(x, dtype)
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(f"`x` must hold numbers. Received: an array of dtype {array.dtype}")
     return runtime.device_array(array) if runtime.probe().usable else array
 
 
