@@ -4,6 +4,7 @@ from cuconv import activations, constraints, initializers, layers, models, ops, 
 from cuconv.models import Input, Model, Sequential, load_model
 from cuconv.ops import asarray, halo
 from cuconv.seeding import set_random_seed
+from cuconv.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
 
@@ -19,8 +20,10 @@ __all__ = [
     "initializers",
     "layers",
     "load_model",
+    "load_weights",
     "models",
     "ops",
     "regularizers",
+    "save_weights",
     "set_random_seed",
 ]

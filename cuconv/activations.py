@@ -67,7 +67,7 @@ class Activation:
             _check_out(out, self._shape(x), x)
         if x.dtype.char in "fd" and x.size <= self._direct_size:
             return self._value(x, out, **parameters)
-        wide = self._widener(x)
+        wide = self._computed_wide(x)
         if out is None:
             out = np.empty_like(x, shape=self._shape(x))
         for x_block, out_block in self._blocks(x, out):
@@ -93,7 +93,7 @@ class Activation:
             _check_out(out, x.shape, x)
         if x.dtype.char in "fd" and x.size <= BLOCK:
             return _store(self._gradient(x, dy, **parameters), out)
-        wide = self._widener(x)
+        wide = self._computed_wide(x)
         if out is None:
             out = np.empty_like(x)
         for x_block, dy_block, out_block in self._blocks(x, dy, out):
@@ -111,7 +111,7 @@ class Activation:
     def _shape(self, x: Array) -> tuple[int, ...]:
         return x.shape
 
-    def _widener(self, x: Array) -> bool:
+    def _computed_wide(self, x: Array) -> bool:
         """Whether x is computed in float32 instead of its own dtype."""
         if x.dtype.char in "fd":
             return False
@@ -214,7 +214,7 @@ def _store(y: Array, out: Array | None) -> Array:
 
 
 def _positive(x: Array) -> Array:
-    """1 for x > 0, 0 for x <= 0, NaN for NaN. (np.heaviside costs ten times as much.)"""
+    """1 for x > 0, 0 for x <= 0, NaN for NaN."""
     return np.maximum(np.sign(x), 0)
 
 

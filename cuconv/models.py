@@ -267,7 +267,7 @@ class Model(Layer):
     # --- Passes ---
 
     def __call__(self, inputs: Any, /, *, training: bool = False) -> Any:
-        """The output (a list of them where there are several) for an array, a list of arrays, or a dict by input name."""
+        """The output, or a list of them, for an array, a list of arrays, or a dict of them by input name."""
         return self._listed(self._apply(self._arranged(inputs), training))
 
     def forward(self, inputs: Any, /, *, training: bool = True) -> Any:
@@ -329,7 +329,7 @@ class Model(Layer):
             _add(arriving, tensor, gradient)
         for node, record in reversed(context.records):
             parts = tuple(arriving.pop(tensor, None) for tensor in node.outputs)
-            if any(part is not None for part in parts):
+            if any(part is not None for part in parts) or node.layer._has_losses(record):
                 dx, gradients = node.layer._backward(record, single(parts))
                 for tensor, gradient in zip(node.inputs, to_tuple(dx), strict=True):
                     _add(arriving, tensor, gradient)
@@ -339,6 +339,9 @@ class Model(Layer):
         dx = [np.zeros_like(x) if part is None else part for x, part in zip(context.inputs, dx, strict=True)]
         own = self._all_weights()
         return single(tuple(dx)), [shares[w] if w in shares else np.zeros_like(w.value) for w in own]
+
+    def _has_losses(self, context: Any) -> bool:
+        return any(node.layer._has_losses(record) for node, record in context.records)
 
     def _accept(self, inputs: tuple[Any, ...]) -> tuple[Array, ...]:
         """The inputs in the dtypes of the model's inputs."""
@@ -359,7 +362,8 @@ class Model(Layer):
         pairs = zip(shape[1:], tensor.shape[1:], strict=False)
         if len(shape) != len(tensor.shape) or any(None not in pair and pair[0] != pair[1] for pair in pairs):
             raise ValueError(
-                f"input {tensor.name!r} of model {self.name!r} has shape {tensor.shape}. Received: inputs.shape={tuple(shape)}"
+                f"input {tensor.name!r} of model {self.name!r} has shape {tensor.shape}. "
+                f"Received: inputs.shape={tuple(shape)}"
             )
 
     def build(self, input_shape: Any = None) -> None:
@@ -461,7 +465,7 @@ class Model(Layer):
             print_fn: called once with the whole text instead of printing it.
         """
         table = _summary_table(self, line_length)
-        console = rich.console.Console(highlight=False, width=table.width, color_system=None if print_fn else "auto")
+        console = rich.console.Console(highlight=False, color_system=None if print_fn else "auto")
         lines: list[Any] = [f'[bold]Model: "{rich.markup.escape(self.name)}"[/]', table]
         for word, arrays in (
             ("Total", self.weights),
@@ -648,7 +652,8 @@ class Sequential(Model):
         shape = as_shape(input_shape, "input_shape")
         if self._tensors and self._tensors[0].shape != shape:
             raise ValueError(
-                f"model {self.name!r} already has the input shape {self._tensors[0].shape}. Received: input_shape={shape}"
+                f"model {self.name!r} already has the input shape {self._tensors[0].shape}. "
+                f"Received: input_shape={shape}"
             )
         if not self._stack:
             raise ValueError(f"model {self.name!r} has no layers to build. Received: input_shape={shape}")
@@ -723,8 +728,8 @@ def load_model(path: str | os.PathLike[str], custom_objects: Mapping[str, Any] |
         custom_objects: name -> class or callable that is not built in; nothing is ever imported by name.
 
     Raises:
-        ValueError: the file is damaged, was made by something else, or its weights do not fit its layers. Sizes are checked
-            before anything is allocated for them.
+        ValueError: the file is damaged, was made by something else, or its weights do not fit its layers. Sizes are
+            checked before anything is allocated for them.
     """
     return weights.load_archive(path, lambda config: layers.deserialize(config, custom_objects), custom_objects or ())
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from compare import assert_close
 
-from cuconv import layers
+from cuconv import layers, ops
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Case:
 
 
 def outputs_of(y: Any) -> tuple[np.ndarray, ...]:
-    return y if isinstance(y, tuple) else (y,)
+    return tuple(y) if isinstance(y, tuple | list) else (y,)
 
 
 PLAIN = [
@@ -67,7 +67,9 @@ OPTIONS = [
         (2, 7, 2),
         "causal-dilated-grouped-tanh",
     ),
-    Case("Conv1D", {"filters": 4, "kernel_size": 2, "use_bias": False, "activation": "gelu"}, (2, 5, 2), "no-bias-gelu"),
+    Case(
+        "Conv1D", {"filters": 4, "kernel_size": 2, "use_bias": False, "activation": "gelu"}, (2, 5, 2), "no-bias-gelu"
+    ),
     Case("Conv1D", {"filters": 4, "kernel_size": 2, "activation": "glu"}, (2, 5, 2), "glu-halves-the-channels"),
     Case(
         "Conv2D",
@@ -77,7 +79,15 @@ OPTIONS = [
     ),
     Case(
         "Conv2DTranspose",
-        {"filters": 2, "kernel_size": 3, "strides": 2, "padding": "same", "output_padding": 1, "activation": "elu", **FIRST},
+        {
+            "filters": 2,
+            "kernel_size": 3,
+            "strides": 2,
+            "padding": "same",
+            "output_padding": 1,
+            "activation": "elu",
+            **FIRST,
+        },
         (1, 2, 3, 3),
         "output_padding-elu-first",
     ),
@@ -163,3 +173,50 @@ def with_random_weights(layer, shape):
     for w in layer.weights:
         w[...] = rng.standard_normal(w.shape)
     return layer
+
+
+# --- A second array library --------------------------------------------------------------------------------------
+
+
+class DeviceArray(np.lib.mixins.NDArrayOperatorsMixin):
+    """Stands for an array of another library: not an ndarray, reached through NumPy's protocols."""
+
+    def __init__(self, host):
+        self.host = np.asarray(host)
+
+    shape = property(lambda self: self.host.shape)
+    dtype = property(lambda self: self.host.dtype)
+    size = property(lambda self: self.host.size)
+
+    def __array_function__(self, *args, **kwargs):
+        return NotImplemented
+
+    def astype(self, dtype, copy=True):
+        return DeviceArray(self.host.astype(dtype, copy=copy))
+
+    def get(self):
+        return self.host
+
+
+def second_place(monkeypatch):
+    """Gives ops a second place, where `asarray` and `like` move arrays and `conv` computes; gives the shapes moved."""
+    moves = []
+    plain_like, plain_conv = ops.like, ops.conv
+
+    def like(array, reference):
+        if isinstance(reference, DeviceArray):
+            moves.append(array.shape)
+            return array if isinstance(array, DeviceArray) else DeviceArray(array)
+        return plain_like(array, reference)
+
+    def conv(x, w, bias=None, **options):
+        kinds = {type(array) for array in (x, w, bias) if array is not None}
+        assert len(kinds) == 1, "arrays of two places met"
+        if kinds == {DeviceArray}:
+            return DeviceArray(plain_conv(x.host, w.host, None if bias is None else bias.host, **options))
+        return plain_conv(x, w, bias, **options)
+
+    monkeypatch.setattr(ops, "asarray", DeviceArray)
+    monkeypatch.setattr(ops, "like", like)
+    monkeypatch.setattr(ops, "conv", conv)
+    return moves

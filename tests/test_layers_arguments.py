@@ -12,6 +12,7 @@ from cuconv import initializers, layers
 from cuconv.layers import base
 
 REQUIRED = inspect.Parameter.empty
+USUAL = {case.layer: case.arguments for case in PLAIN}
 
 
 def ones(rank):
@@ -60,9 +61,11 @@ def depthwise(rank):
 
 
 CONV_LSTM = {
-    "filters": REQUIRED, "kernel_size": REQUIRED, "strides": 1, "padding": "valid", "data_format": None, "dilation_rate": 1,
+    "filters": REQUIRED, "kernel_size": REQUIRED, "strides": 1, "padding": "valid", "data_format": None,
+    "dilation_rate": 1,
     "activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": True, "kernel_initializer": "glorot_uniform",
-    "recurrent_initializer": "orthogonal", "bias_initializer": "zeros", "unit_forget_bias": True, "kernel_regularizer": None,
+    "recurrent_initializer": "orthogonal", "bias_initializer": "zeros", "unit_forget_bias": True,
+    "kernel_regularizer": None,
     "recurrent_regularizer": None, "bias_regularizer": None, "activity_regularizer": None, "kernel_constraint": None,
     "recurrent_constraint": None, "bias_constraint": None, "dropout": 0.0, "recurrent_dropout": 0.0, "seed": None,
     "return_sequences": False, "return_state": False, "go_backwards": False, "stateful": False,
@@ -94,7 +97,9 @@ def test_there_are_22_layers():
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature_has_keras_order_and_defaults(name):
     parameters = inspect.signature(getattr(layers, name)).parameters
-    shown = {key: parameter.default for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    shown = {
+        key: parameter.default for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD
+    }
     assert list(shown.items()) == list(SIGNATURES[name].items())
     assert list(parameters.values())[-1].kind is inspect.Parameter.VAR_KEYWORD
 
@@ -103,12 +108,14 @@ def test_signature_has_keras_order_and_defaults(name):
 def test_positional_arguments_go_where_the_signature_says(name):
     """Every argument by position, with a value that differs from its neighbours'."""
     telling = {
-        "filters": 6, "kernel_size": 3, "strides": 1, "padding": "same", "data_format": "channels_first", "dilation_rate": 2,
+        "filters": 6, "kernel_size": 3, "strides": 1, "padding": "same", "data_format": "channels_first",
+        "dilation_rate": 2,
         "groups": 2, "depth_multiplier": 3, "output_padding": 0, "activation": "relu", "recurrent_activation": "elu",
         "use_bias": False, "unit_forget_bias": False, "dropout": 0.25, "recurrent_dropout": 0.5, "seed": 7, "size": 3,
         "return_sequences": True, "return_state": True, "go_backwards": True, "stateful": True, "cropping": 2,
         "interpolation": "bilinear", "kernel_initializer": "ones", "depthwise_initializer": "he_normal",
-        "pointwise_initializer": "he_uniform", "recurrent_initializer": "lecun_normal", "bias_initializer": "random_normal",
+        "pointwise_initializer": "he_uniform", "recurrent_initializer": "lecun_normal",
+        "bias_initializer": "random_normal",
         "kernel_regularizer": "l1", "depthwise_regularizer": "l1", "pointwise_regularizer": "l2",
         "recurrent_regularizer": "l2", "bias_regularizer": "l1l2", "activity_regularizer": "orthogonal_regularizer",
         "kernel_constraint": "non_neg", "depthwise_constraint": "non_neg", "pointwise_constraint": "unit_norm",
@@ -178,7 +185,13 @@ def test_automatic_name(name, expected):
 
 def test_automatic_names_are_counted_per_class_and_reset():
     layers.reset_names()
-    made = [layers.Conv1D(1, 1), layers.Conv2D(1, 1), layers.Conv1D(1, 1), layers.Conv1D(1, 1, name="mine"), layers.Conv1D(1, 1)]
+    made = [
+        layers.Conv1D(1, 1),
+        layers.Conv2D(1, 1),
+        layers.Conv1D(1, 1),
+        layers.Conv1D(1, 1, name="mine"),
+        layers.Conv1D(1, 1),
+    ]
     assert [layer.name for layer in made] == ["conv1d", "conv2d", "conv1d_1", "mine", "conv1d_2"]
     layers.reset_names()
     assert layers.Conv1D(1, 1).name == "conv1d"
@@ -236,6 +249,13 @@ def test_reshaping_layers_keep_integers(name, dtype):
     assert y.dtype == dtype
 
 
+@pytest.mark.parametrize("name", ["Conv1D", "Cropping1D", "UpSampling1D", "ZeroPadding1D"])
+def test_complex_into_a_real_layer_is_refused(name):
+    layer = getattr(layers, name)(**USUAL[name])
+    with pytest.raises(TypeError, match='dtype="complex128"'):
+        layer(np.ones((1, 6, 2), "complex128"))
+
+
 @pytest.mark.parametrize("dtype", ["int32", "bool"])
 def test_integers_into_a_convolution_are_refused_before_it_is_built(dtype):
     layer = layers.Conv1D(2, 3)
@@ -274,7 +294,11 @@ def test_input_shape_keywords(keywords, shape):
     assert layers.Conv1D(2, 3, **keywords)._batch_input_shape == shape
 
 
-@pytest.mark.parametrize("keywords", [{"input_shape": "128"}, {"input_shape": 128}, {"batch_input_shape": (1, -2)}, {"input_shape": (2.5, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "keywords",
+    [{"input_shape": "128"}, {"input_shape": 128}, {"batch_input_shape": (1, -2)}, {"input_shape": (2.5, 1)}],
+    ids=str,
+)
 def test_impossible_input_shape(keywords):
     with pytest.raises(ValueError, match="Received"):
         layers.Conv1D(2, 3, **keywords)
@@ -290,7 +314,9 @@ def test_weights_keyword_sets_the_weights_at_build():
     assert layer.kernel.any(), "the layer must own its weights"
 
 
-@pytest.mark.parametrize("given", [[np.ones((3, 2, 2))], [np.ones((3, 2, 3)), np.ones(2)], []], ids=["count", "shape", "none"])
+@pytest.mark.parametrize(
+    "given", [[np.ones((3, 2, 2))], [np.ones((3, 2, 3)), np.ones(2)], []], ids=["count", "shape", "none"]
+)
 def test_weights_that_do_not_fit_are_refused_at_build(given):
     layer = layers.Conv1D(2, 3, weights=given)
     with pytest.raises(ValueError, match="Received"):
@@ -301,7 +327,8 @@ def test_weights_that_do_not_fit_are_refused_at_build(given):
 # --- Errors (KERAS.md section 5) ---------------------------------------------------------------------------------
 
 SIZES = {
-    "0": 0, "negative": -1, "too-long": (1, 1, 1, 1), "None": None, "float": 2.5, "float-element": (2.5,), "None-element": (None,),
+    "0": 0, "negative": -1, "too-long": (1, 1, 1, 1), "None": None, "float": 2.5, "float-element": (2.5,),
+    "None-element": (None,),
     "numpy-scalar": np.int64(2), "bool": True,
 }  # fmt: skip
 
@@ -379,8 +406,6 @@ INIT_ERRORS = [
     ("ZeroPadding3D", {"padding": (1, 1)}, ValueError, "too-short"),
 ]  # fmt: skip
 
-USUAL = {case.layer: case.arguments for case in PLAIN}
-
 
 @pytest.mark.parametrize(
     ("layer", "wrong", "error"), [row[:3] for row in INIT_ERRORS], ids=[f"{row[0]}-{row[3]}" for row in INIT_ERRORS]
@@ -410,6 +435,9 @@ BUILD_ERRORS = [
     ("Conv1D", {}, (4, 7, 10, 128), ValueError, "rank-too-large"),
     ("ConvLSTM2D", {}, (None, 8, 8, 2), ValueError, "rank-too-small"),
     ("Cropping2D", {}, (None, 8, 8), ValueError, "rank-too-small"),
+    ("Cropping2D", {}, (None, 8, 8, 8, 8), ValueError, "rank-too-large"),
+    ("UpSampling1D", {}, (None, 8, 8, 8), ValueError, "rank-too-large"),
+    ("Conv1DTranspose", {}, (None, 8, 8, 8), ValueError, "rank-too-large"),
     ("Conv1D", {}, (None, 8, None), TypeError, "channels-None"),
     ("SeparableConv1D", {}, (None, 8, None), TypeError, "channels-None"),
     ("DepthwiseConv1D", {}, (None, 8, None), TypeError, "channels-None"),
@@ -459,7 +487,8 @@ def test_a_layer_with_weights_is_built_once(case):
         (layers.ConvLSTM1D(2, 3), np.ones((1, 0, 8, 2), "f"), IndexError),
         (layers.Conv1D(2, 3, activation="threshold"), np.ones((1, 8, 2), "f"), TypeError),
     ],
-    ids=["list", "rank-too-small", "rank-too-large", "too-short", "crop-all", "crop-too-much", "interpolation", "no-steps", "threshold"],
+    ids=["list", "rank-too-small", "rank-too-large", "too-short", "crop-all", "crop-too-much", "interpolation",
+    "no-steps", "threshold"],
 )  # fmt: skip
 def test_wrong_input(layer, x, error):
     with pytest.raises(error):
@@ -491,6 +520,11 @@ def test_size_beside_the_last_call_is_checked_again(case):
         layer(case.input()[..., None])
 
 
+def test_channels_that_the_groups_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="`groups` must divide the channels"):
+        layers.Conv1D(4, 3, groups=4).build((None, 8, 2))
+
+
 def test_initializer_of_the_wrong_shape_is_refused():
     layer = layers.Conv1D(2, 3, kernel_initializer=lambda shape, dtype=None: np.ones((2, 2)))
     with pytest.raises(ValueError, match="shape"):
@@ -499,8 +533,12 @@ def test_initializer_of_the_wrong_shape_is_refused():
 
 def test_initializer_may_be_an_array_a_callable_or_an_instance():
     given = np.arange(12.0).reshape(3, 2, 2)
-    assert np.array_equal(layers.Conv1D(2, 3, kernel_initializer=given, weights=None)(np.ones((1, 3, 2)))[0, 0], given.sum((0, 1)))
-    layer = layers.Conv1D(2, 3, kernel_initializer=lambda shape, dtype=None: np.full(shape, 3), bias_initializer=initializers.Constant(2))
+    assert np.array_equal(
+        layers.Conv1D(2, 3, kernel_initializer=given, weights=None)(np.ones((1, 3, 2)))[0, 0], given.sum((0, 1))
+    )
+    layer = layers.Conv1D(
+        2, 3, kernel_initializer=lambda shape, dtype=None: np.full(shape, 3), bias_initializer=initializers.Constant(2)
+    )
     assert layer(np.ones((1, 3, 2))).tolist() == [[[20, 20]]]
     layer = layers.Conv1D(2, 3, kernel_initializer=None, bias_initializer=None)
     layer.build((None, 3, 2))

@@ -19,6 +19,9 @@ def test_round_trip(case):
     again = type(case.make()).from_config(through_json(config))
     assert again.get_config() == config
     assert layers.deserialize(through_json(layers.serialize(again))).get_config() == config
+    assert "build_config" not in layers.serialize(again)
+    again.build(case.shape)
+    assert layers.serialize(again)["build_config"] == {"input_shape": case.shape}
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
@@ -47,7 +50,9 @@ def test_values_are_keras_spelling():
         bias_constraint="non_neg",
         kernel_initializer=initializers.Constant(0.5),
     ).get_config()
-    assert {key: config[key] for key in ("filters", "kernel_size", "strides", "padding", "data_format", "dilation_rate")} == {
+    assert {
+        key: config[key] for key in ("filters", "kernel_size", "strides", "padding", "data_format", "dilation_rate")
+    } == {
         "filters": 3,
         "kernel_size": (3, 2),
         "strides": (1, 1),
@@ -155,13 +160,18 @@ KERAS2 = {
     "Conv1D-without-groups": (
         "Conv1D",
         {
-            "name": "conv1d", "trainable": True, "batch_input_shape": [None, 128, 9], "dtype": "float32", "filters": 100,
-            "kernel_size": [10], "strides": [1], "padding": "valid", "data_format": "channels_last", "dilation_rate": [1],
+            "name": "conv1d", "trainable": True, "batch_input_shape": [None, 128, 9], "dtype": "float32",
+            "filters": 100,
+            "kernel_size": [10], "strides": [1], "padding": "valid", "data_format": "channels_last",
+            "dilation_rate": [1],
             "activation": "relu", "use_bias": True,
-            "kernel_initializer": {"class_name": "VarianceScaling", "config": {"scale": 1.0, "mode": "fan_avg", "distribution": "uniform", "seed": None}},
-            "bias_initializer": KERAS2_ZEROS, "kernel_regularizer": {"class_name": "L1L2", "config": {"l1": 0.0, "l2": 0.01}},
+            "kernel_initializer": {"class_name": "VarianceScaling", "config": {"scale": 1.0, "mode": "fan_avg",
+            "distribution": "uniform", "seed": None}},
+            "bias_initializer": KERAS2_ZEROS, "kernel_regularizer": {"class_name": "L1L2", "config": {"l1": 0.0,
+            "l2": 0.01}},
             "bias_regularizer": None, "activity_regularizer": None,
-            "kernel_constraint": {"class_name": "MaxNorm", "config": {"max_value": 2, "axis": 0}}, "bias_constraint": None,
+            "kernel_constraint": {"class_name": "MaxNorm", "config": {"max_value": 2, "axis": 0}},
+            "bias_constraint": None,
         },
         {"filters": 100, "groups": 1, "kernel_size": (10,)},
     ),
@@ -169,19 +179,25 @@ KERAS2 = {
         "DepthwiseConv2D",
         {
             "name": "depthwise_conv2d", "trainable": True, "dtype": "float32", "kernel_size": [3, 3], "strides": [2, 2],
-            "padding": "same", "data_format": "channels_last", "dilation_rate": [1, 1], "groups": 1, "activation": "linear",
+            "padding": "same", "data_format": "channels_last", "dilation_rate": [1, 1], "groups": 1,
+            "activation": "linear",
             "use_bias": False, "bias_initializer": KERAS2_ZEROS, "bias_regularizer": None, "activity_regularizer": None,
-            "bias_constraint": None, "depth_multiplier": 2, "depthwise_initializer": KERAS2_GLOROT, "depthwise_regularizer": None,
-            "depthwise_constraint": None, "kernel_initializer": KERAS2_GLOROT, "kernel_regularizer": None, "kernel_constraint": None,
+            "bias_constraint": None, "depth_multiplier": 2, "depthwise_initializer": KERAS2_GLOROT,
+            "depthwise_regularizer": None,
+            "depthwise_constraint": None, "kernel_initializer": KERAS2_GLOROT, "kernel_regularizer": None,
+            "kernel_constraint": None,
         },
         {"depth_multiplier": 2, "use_bias": False, "strides": (2, 2)},
     ),
     "SeparableConv1D-with-kernel-keys": (
         "SeparableConv1D",
         {
-            "name": "s", "trainable": False, "dtype": {"class_name": "Policy", "config": {"name": "mixed_float16"}}, "filters": 4,
-            "kernel_size": [3], "strides": [1], "padding": "valid", "data_format": "channels_last", "dilation_rate": [1],
-            "groups": 1, "activation": "relu", "use_bias": True, "bias_initializer": KERAS2_ZEROS, "depth_multiplier": 1,
+            "name": "s", "trainable": False, "dtype": {"class_name": "Policy", "config": {"name": "mixed_float16"}},
+            "filters": 4,
+            "kernel_size": [3], "strides": [1], "padding": "valid", "data_format": "channels_last",
+            "dilation_rate": [1],
+            "groups": 1, "activation": "relu", "use_bias": True, "bias_initializer": KERAS2_ZEROS,
+            "depth_multiplier": 1,
             "kernel_initializer": KERAS2_GLOROT, "kernel_regularizer": None, "kernel_constraint": None,
             "depthwise_initializer": KERAS2_GLOROT, "pointwise_initializer": KERAS2_GLOROT,
         },
@@ -196,8 +212,10 @@ KERAS2 = {
         "ConvLSTM2D",
         {
             "name": "l", "trainable": True, "dtype": "float32", "return_sequences": True, "return_state": False,
-            "go_backwards": False, "stateful": False, "unroll": False, "time_major": False, "filters": 2, "kernel_size": [3, 3],
-            "strides": [1, 1], "padding": "same", "data_format": "channels_last", "dilation_rate": [1, 1], "activation": "tanh",
+            "go_backwards": False, "stateful": False, "unroll": False, "time_major": False, "filters": 2,
+            "kernel_size": [3, 3],
+            "strides": [1, 1], "padding": "same", "data_format": "channels_last", "dilation_rate": [1, 1],
+            "activation": "tanh",
             "recurrent_activation": "hard_sigmoid", "use_bias": True, "kernel_initializer": KERAS2_GLOROT,
             "recurrent_initializer": {"class_name": "Orthogonal", "config": {"gain": 1.0, "seed": None}},
             "bias_initializer": KERAS2_ZEROS, "unit_forget_bias": True, "dropout": 0.0, "recurrent_dropout": 0.0,
@@ -206,7 +224,8 @@ KERAS2 = {
     ),
     "ZeroPadding2D": (
         "ZeroPadding2D",
-        {"name": "z", "trainable": True, "dtype": "float32", "padding": [[1, 1], [0, 2]], "data_format": "channels_last"},
+        {"name": "z", "trainable": True, "dtype": "float32", "padding": [[1, 1], [0, 2]],
+        "data_format": "channels_last"},
         {"padding": ((1, 1), (0, 2))},
     ),
     "InputLayer": (

@@ -32,7 +32,8 @@ def steps_of(layer, x, h=None, c=None):
             )  # fmt: skip
             h = c = np.split(np.zeros_like(z), 4, axis=layer._channel_axis)[0]
         h, c = oracle.conv_lstm_step(
-            x[:, t], h, c, layer.kernel, layer.recurrent_kernel, layer.bias, strides=layer.strides, padding=layer.padding,
+            x[:, t], h, c, layer.kernel, layer.recurrent_kernel, layer.bias, strides=layer.strides,
+            padding=layer.padding,
             data_format=layer.data_format, dilation_rate=layer.dilation_rate, activation=layer.activation.name,
             recurrent_activation=layer.recurrent_activation.name,
         )  # fmt: skip
@@ -168,6 +169,21 @@ def test_stateful_layers_go_on_where_they_stopped():
     assert not np.allclose(stateful.forward(x), whole), "forward moves the states too"
 
 
+def test_an_initial_state_goes_before_the_kept_one():
+    plain, x = make()
+    stateful, _ = make(stateful=True)
+    stateful.set_weights(plain.get_weights())
+    stateful(x)
+    states = list(np.random.default_rng(2).standard_normal((2, 2, 4, 2)))
+    same(stateful(x, initial_state=states), plain(x, initial_state=states))
+
+
+def test_no_steps():
+    layer, x = make()
+    with pytest.raises(IndexError, match="at least one time step"):
+        layer(x[:, :0])
+
+
 def test_stateful_batch_is_fixed_and_outputs_are_not_the_states():
     layer, x = make(stateful=True)
     y = layer(x)
@@ -186,9 +202,12 @@ def test_time_and_batch_may_vary_but_not_space():
 
 
 def test_returned_states_are_copies():
-    layer, x = make(return_state=True)
-    y, h, _ = layer(x)
+    layer, x = make(return_state=True, stateful=True)
+    y, h, c = layer(x)
     assert not np.shares_memory(y, h)
+    kept = [state.copy() for state in layer.states]
+    y[...] = h[...] = c[...] = 0
+    assert all(np.array_equal(a, b) for a, b in zip(kept, layer.states, strict=True))
 
 
 # --- Bias and dropout --------------------------------------------------------------------------------------------
@@ -231,12 +250,16 @@ def test_masks_are_drawn_anew_at_each_call_and_repeat_with_the_seed():
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_each_gate_has_one_mask_for_all_steps(data_format):
     """A step written out with the masks, gate by gate."""
-    layer, x = make(dropout=0.4, recurrent_dropout=0.3, seed=1, data_format=data_format, return_sequences=True, padding="same")
+    layer, x = make(
+        dropout=0.4, recurrent_dropout=0.3, seed=1, data_format=data_format, return_sequences=True, padding="same"
+    )
     layer._masks = Recorded(1)
     y = layer(x, training=True)
     axis = layer._channel_axis
     (mask, recurrent_mask), rates = layer._masks.drawn, (0.4, 0.3)
-    mask, recurrent_mask = (np.split((m >= r) / (1 - r), 4, axis=axis) for m, r in zip((mask, recurrent_mask), rates, strict=True))
+    mask, recurrent_mask = (
+        np.split((m >= r) / (1 - r), 4, axis=axis) for m, r in zip((mask, recurrent_mask), rates, strict=True)
+    )
     assert {round(float(v), 6) for v in np.unique(mask)} == {0.0, round(1 / 0.6, 6)}
     kernels, recurrent = np.split(layer.kernel, 4, axis=-1), np.split(layer.recurrent_kernel, 4, axis=-1)
     biases = np.split(layer.bias, 4)
@@ -265,7 +288,9 @@ class Recorded:
         return self.drawn[-1]
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.4}, {"recurrent_dropout": 0.4}, {"dropout": 0.4, "recurrent_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.4}, {"recurrent_dropout": 0.4}, {"dropout": 0.4, "recurrent_dropout": 0.3}], ids=str
+)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_gradients_through_dropout(options, data_format):
     layer, x = make(seed=1, data_format=data_format, return_sequences=True, **options)

@@ -1,11 +1,23 @@
 """Weights, gradients, losses and constraints of the layers."""
 
 import numpy as np
+import oracle
 import pytest
 from compare import assert_close
-from layer_cases import CASES, PLAIN, WEIGHTED, Case, check_gradients, outputs_of, with_random_weights
+from layer_cases import (
+    CASES,
+    PLAIN,
+    WEIGHTED,
+    Case,
+    DeviceArray,
+    check_gradients,
+    outputs_of,
+    second_place,
+    with_random_weights,
+)  # fmt: skip
 
 from cuconv import layers, ops
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_gradients(case):
@@ -76,18 +88,76 @@ def test_unknown_sizes_in_compute_output_shape(layer, shape, expected):
     assert not layer.built
 
 
+# --- Definitions -------------------------------------------------------------------------------------------------
+
+
+def definition(layer, x):
+    """The output of a layer as the oracle defines it, from the layer's public attributes."""
+    kind = type(layer).__name__
+    where = {"data_format": layer.data_format}
+    if "UpSampling" in kind:
+        return oracle.upsample(x, layer.size, interpolation=layer.interpolation, **where)
+    if "Cropping" in kind:
+        return oracle.crop(x, layer.cropping, **where)
+    if "ZeroPadding" in kind:
+        return oracle.pad(x, layer.padding, **where)
+    window = {"strides": layer.strides, "padding": layer.padding, "dilation_rate": layer.dilation_rate, **where}
+    if "Separable" in kind:
+        z = oracle.separable_conv(x, layer.depthwise_kernel, layer.pointwise_kernel, layer.bias, **window)
+    elif "Depthwise" in kind:
+        z = oracle.depthwise_conv(x, layer.kernel, layer.bias, **window)
+    elif "Transpose" in kind:
+        z = oracle.conv_transpose(x, layer.kernel, layer.bias, output_padding=layer.output_padding, **window)
+    else:
+        z = oracle.conv(x, layer.kernel, layer.bias, groups=layer.groups, **window)
+    return layer.activation(z)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "LSTM" not in case.layer], ids=lambda case: case.id)
+def test_a_layer_computes_its_definition(case):
+    layer = with_random_weights(case.make(dtype="float64"), case.shape)
+    x = case.input()
+    assert_close(layer(x), definition(layer, x), dtype="float64", terms=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lengths"),
+    [
+        ({"kernel_size": 2, "strides": 3, "padding": "valid"}, [12, 11, 12, 13]),
+        ({"kernel_size": 2, "strides": 3, "padding": "same"}, [12, 9, 10, 11]),
+        ({"kernel_size": 1, "strides": 2, "padding": "valid"}, [8, 7]),
+        ({"kernel_size": 4, "strides": 1, "padding": "same"}, [4, 3]),
+    ],
+    ids=str,
+)
+def test_lengths_of_transposed_convolutions(arguments, lengths):
+    """Keras' measured lengths for 4 steps with output_padding None, 0, 1, 2 (KERAS.md S6)."""
+    x = np.ones((1, 4, 1), "float32")
+    for output_padding, length in zip((None, 0, 1, 2), lengths, strict=False):
+        layer = layers.Conv1DTranspose(1, output_padding=output_padding, **arguments)
+        assert layer.compute_output_shape(x.shape) == layer(x).shape == (1, length, 1)
+
+
 # --- Weights -----------------------------------------------------------------------------------------------------
 
 SHAPES = {
     "Conv2D": (layers.Conv2D(8, (3, 2), groups=2), (1, 9, 9, 4), {"kernel": (3, 2, 2, 8), "bias": (8,)}),
-    "Conv2D-first": (layers.Conv2D(8, (3, 2), data_format="channels_first"), (1, 4, 9, 9), {"kernel": (3, 2, 4, 8), "bias": (8,)}),
+    "Conv2D-first": (
+        layers.Conv2D(8, (3, 2), data_format="channels_first"),
+        (1, 4, 9, 9),
+        {"kernel": (3, 2, 4, 8), "bias": (8,)},
+    ),
     "Conv2DTranspose": (layers.Conv2DTranspose(8, (3, 2)), (1, 9, 9, 4), {"kernel": (3, 2, 8, 4), "bias": (8,)}),
     "SeparableConv2D": (
         layers.SeparableConv2D(8, (3, 2), depth_multiplier=3),
         (1, 9, 9, 4),
         {"depthwise_kernel": (3, 2, 4, 3), "pointwise_kernel": (1, 1, 12, 8), "bias": (8,)},
     ),
-    "DepthwiseConv2D": (layers.DepthwiseConv2D((3, 2), depth_multiplier=3), (1, 9, 9, 4), {"kernel": (3, 2, 4, 3), "bias": (12,)}),
+    "DepthwiseConv2D": (
+        layers.DepthwiseConv2D((3, 2), depth_multiplier=3),
+        (1, 9, 9, 4),
+        {"kernel": (3, 2, 4, 3), "bias": (12,)},
+    ),
     "ConvLSTM2D": (
         layers.ConvLSTM2D(8, (3, 2)),
         (1, 2, 9, 9, 4),
@@ -105,6 +175,41 @@ def test_weight_names_shapes_and_order(layer, input_shape, shapes):
     assert layer.weight_names == list(shapes)
     assert layer.count_params() == sum(int(np.prod(shape)) for shape in shapes.values())
     assert all(getattr(layer, name) is w for name, w in zip(shapes, layer.weights, strict=True))
+
+
+WORDS = [
+    (case, word)
+    for case in PLAIN
+    for word in type(case.make()).__signature__.parameters
+    if word.endswith("_initializer")
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "word"), WORDS, ids=[f"{case.id}-{word.removesuffix('_initializer')}" for case, word in WORDS]
+)
+def test_initializer_regularizer_and_constraint_reach_their_own_weight(case, word):
+    """`<word>_...` goes to `<word>_kernel`, `<word>` or, in depthwise layers, `kernel`."""
+    word = word.removesuffix("_initializer")
+    others = {each.removesuffix("_initializer") for _, each in WORDS} - {word}
+    arguments = {f"{word}_initializer": "ones", f"{word}_regularizer": "l1", f"{word}_constraint": "non_neg"}
+    known = type(case.make()).__signature__.parameters
+    arguments |= {f"{each}_initializer": "zeros" for each in others if f"{each}_initializer" in known}
+    if "LSTM" in case.layer:
+        arguments["unit_forget_bias"] = False
+    layer = case.make(**arguments)
+    layer.build(case.shape)
+    (name,) = {word, f"{word}_kernel", "kernel" if "Depthwise" in case.layer and word == "depthwise" else word} & set(
+        layer.weight_names
+    )
+    for each, w in zip(layer.weight_names, layer.weights, strict=True):
+        assert np.all(w == (each == name)), each
+    assert layer.losses == pytest.approx([0.01 * getattr(layer, name).size])
+    for w in layer.weights:
+        w -= 2
+    layer.apply_constraints()
+    for each, w in zip(layer.weight_names, layer.weights, strict=True):
+        assert np.all(w == (0 if each == name else -2)), each
 
 
 @pytest.mark.parametrize(
@@ -173,14 +278,18 @@ def test_trainable():
     assert layer.trainable_gradients == []
     layer.trainable = True
     layer.backward(np.zeros((1, 3, 2), "f"))
-    assert np.allclose(layer.gradients[0] - frozen[0], 0.02 * layer.kernel), "the regularizer counts only where trainable"
+    assert np.allclose(layer.gradients[0] - frozen[0], 0.02 * layer.kernel), (
+        "the regularizer counts only where trainable"
+    )
     assert len(layer.trainable_gradients) == 2
     layer.apply_constraints()
     assert np.all(layer.kernel == 0)
 
 
 def test_constraints_are_applied_in_place_and_only_on_demand():
-    layer = layers.SeparableConv1D(2, 2, depthwise_constraint="non_neg", pointwise_constraint="unit_norm", bias_constraint="max_norm")
+    layer = layers.SeparableConv1D(
+        2, 2, depthwise_constraint="non_neg", pointwise_constraint="unit_norm", bias_constraint="max_norm"
+    )
     layer(np.ones((1, 4, 3), "f"))
     values = [np.full(w.shape, -4.0) for w in layer.weights]
     layer.set_weights(values)
@@ -291,7 +400,9 @@ def test_inputs_are_left_alone(case):
     layer.backward(ys if len(ys) > 1 else ys[0])
 
 
-@pytest.mark.parametrize("case", [Case("Conv1D", {"filters": 2, "kernel_size": 3}, (2, 8, 3)), *PLAIN[3:6]], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [Case("Conv1D", {"filters": 2, "kernel_size": 3}, (2, 8, 3)), *PLAIN[3:6]], ids=lambda case: case.id
+)
 def test_strided_and_mapped_inputs(case, tmp_path):
     layer = case.make()
     x = case.input(dtype="float32")
@@ -308,45 +419,9 @@ def test_strided_and_mapped_inputs(case, tmp_path):
 # --- Where weights live ------------------------------------------------------------------------------------------
 
 
-class DeviceArray(np.lib.mixins.NDArrayOperatorsMixin):
-    """Stands for an array of another library: not an ndarray, reached through NumPy's protocols."""
-
-    def __init__(self, host):
-        self.host = np.asarray(host)
-
-    shape = property(lambda self: self.host.shape)
-    dtype = property(lambda self: self.host.dtype)
-    size = property(lambda self: self.host.size)
-
-    def __array_function__(self, *args, **kwargs):
-        return NotImplemented
-
-    def get(self):
-        return self.host
-
-
 @pytest.fixture
 def device(monkeypatch):
-    """ops with a second place: `like` moves arrays there, and `conv` computes there."""
-    moves = []
-    plain_like, plain_conv = ops.like, ops.conv
-
-    def like(array, reference):
-        if isinstance(reference, DeviceArray):
-            moves.append(array.shape)
-            return array if isinstance(array, DeviceArray) else DeviceArray(array)
-        return plain_like(array, reference)
-
-    def conv(x, w, bias=None, **options):
-        kinds = {type(array) for array in (x, w, bias) if array is not None}
-        assert len(kinds) == 1, "arrays of two places met"
-        if kinds == {DeviceArray}:
-            return DeviceArray(plain_conv(x.host, w.host, None if bias is None else bias.host, **options))
-        return plain_conv(x, w, bias, **options)
-
-    monkeypatch.setattr(ops, "like", like)
-    monkeypatch.setattr(ops, "conv", conv)
-    return moves
+    return second_place(monkeypatch)
 
 
 def test_weights_follow_the_first_input_once(device):

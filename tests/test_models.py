@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from compare import assert_close
-from layer_cases import PLAIN, check_gradients, outputs_of, with_random_weights
+from layer_cases import PLAIN, DeviceArray, check_gradients, outputs_of, second_place, with_random_weights
 
 import cuconv
 from cuconv import layers
@@ -78,7 +79,13 @@ def test_input(arguments, shape, dtype):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"shape": (1, 2), "batch_shape": (1, 1, 2)}, {"shape": (1, 2), "dtype": "float31"}, {"shape": (-1, 2)}, {"shape": "12"}],
+    [
+        {},
+        {"shape": (1, 2), "batch_shape": (1, 1, 2)},
+        {"shape": (1, 2), "dtype": "float31"},
+        {"shape": (-1, 2)},
+        {"shape": "12"},
+    ],
     ids=str,
 )
 def test_impossible_input(arguments):
@@ -139,12 +146,21 @@ def test_a_layer_called_twice_has_no_single_output():
 
 def test_layers_stand_in_keras_order():
     model = two_branches()
-    assert [layer.name for layer in model.layers] == ["a", "b", "shared", "top"]
+    assert [layer.name for layer in model.layers] == ["a", "shared", "b", "top"]
     assert model.get_layer("top") is model.get_layer(index=3) is model.layers[3]
     assert model.weight_names == ["shared/kernel", "shared/bias", "top/kernel", "top/bias"]
     for wrong in ({"name": "middle"}, {"index": 9}, {}, {"name": "top", "index": 3}):
         with pytest.raises(ValueError, match="Received"):
             model.get_layer(**wrong)
+
+
+def test_a_layer_at_two_depths_stands_at_the_deeper_one():
+    """Keras' order for this graph."""
+    x = Input((9, 2), name="x")
+    u, v, w = (layers.Conv1D(2, 3, padding="same", name=name) for name in "uvw")
+    middle = v(u(x))
+    model = Model(x, [v(x), u(w(middle))])
+    assert [layer.name for layer in model.layers] == ["x", "u", "v", "w"]
 
 
 def test_several_inputs_and_outputs():
@@ -204,16 +220,33 @@ def test_activity_losses_of_every_call_of_a_shared_layer():
     assert model.losses[0] != model.losses[1]
 
 
-def test_gradient_of_an_output_that_is_also_used_and_of_one_that_is_not():
+def test_outputs_without_a_gradient():
     model = two_branches()
+    top_layer = model.get_layer("top")
     a, b = np.random.default_rng(0).standard_normal((2, 2, 6, 2))
-    top, first, other = model.forward([a, b])
+    top, _, other = model.forward([a, b])
     da, db = model.backward([np.ones_like(top), None, None])
     assert da.any() and not db.any() and db.shape == b.shape
     model.backward([None, None, np.ones_like(other)])
-    assert [bool(g.any()) for g in model.gradients] == [True, True, False, False] or model.get_layer("top").activity_regularizer
+    assert all(g.any() for g in model.gradients), "the activity loss has a gradient of its own"
+    top_layer.activity_regularizer = None
+    model.forward([a, b])
+    model.backward([None, None, np.ones_like(other)])
+    assert [bool(g.any()) for g in model.gradients] == [True, True, False, False]
+    assert [g.shape for g in model.gradients] == [w.shape for w in model.weights]
     with pytest.raises(ValueError, match="3 outputs"):
         model.backward([np.ones_like(top)])
+
+
+def test_activity_losses_alone_have_a_gradient_inside_models_too():
+    x = Input((6, 2), dtype="float64")
+    inner = Model(x, layers.Conv1D(3, 2, dtype="float64", activity_regularizer="l2")(x))
+    outer = Model(x, [inner(x), layers.Conv1D(1, 1, dtype="float64")(x)])
+    data = np.random.default_rng(0).standard_normal((2, 6, 2))
+    y, z = outer.forward(data)
+    dx = outer.backward([np.zeros_like(y), np.zeros_like(z)])
+    assert dx.any()
+    assert np.array_equal(outer.backward([None, np.zeros_like(z)]), dx)
 
 
 def test_deep_chain_of_a_thousand_layers():
@@ -226,26 +259,23 @@ def test_deep_chain_of_a_thousand_layers():
 
 
 def test_intermediate_arrays_are_given_up_as_soon_as_possible():
-    """At no time are more than three arrays alive in a chain of equal layers: an input, an output, and the caller's."""
-    alive, most = set(), []
+    made, alive = [], []
 
     class Watched(layers.Layer):
         def _record(self, *inputs, training):
+            alive.append(sum(each() is not None for each in made))
             y = inputs[0].copy()
-            alive.add(id(y))
-            most.append(sum(sys.getrefcount(z) > 2 for z in kept))
-            kept.append(y)
+            made.append(weakref.ref(y))
             return y, None
 
         def compute_output_shape(self, input_shape):
             return tuple(input_shape)
 
-    kept = []
     x = y = Input((3, 1))
     for _ in range(6):
         y = Watched()(y)
     Model(x, y)(np.ones((1, 3, 1), "f"))
-    assert max(most) <= 2
+    assert alive == [0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -314,6 +344,14 @@ def test_a_model_is_a_layer():
     assert len(model.losses) == 1, "the layer that stands inside and outside is regularized once"
 
 
+def test_ends_in_a_nested_model_are_counted_from_one_as_in_keras():
+    a, x = Input((6, 2)), Input((6, 2))
+    inner = Model(a, layers.Conv1D(2, 3)(a), name="inner")
+    config = Model(x, inner(x)).get_config()
+    assert config["output_layers"] == ["inner", 1, 0]
+    assert Model.from_config(through_json(config)).output_shape == (None, 4, 2)
+
+
 @pytest.mark.parametrize("make", [example, two_branches, nested], ids=lambda make: make.__name__)
 def test_functional_config_round_trip(make):
     model = make()
@@ -331,8 +369,10 @@ def test_functional_config_round_trip(make):
 def test_conv_lstm_with_states_in_a_graph():
     x, h, c = Input((3, 4, 2)), Input((4, 2)), Input((4, 2))
     lstm = layers.ConvLSTM1D(2, 3, padding="same", return_state=True)
-    y, h1, c1 = lstm(x, initial_state=[h, c])
+    y, _, c1 = lstm(x, initial_state=[h, c])
     model = Model([x, h, c], [layers.Conv1D(1, 1)(y), c1])
+    names = ["input_layer", "input_layer_1", "input_layer_2", "conv_lstm1d", "conv1d"]
+    assert [layer.name for layer in model.layers] == names
     rng = np.random.default_rng(0)
     data = [rng.standard_normal((2, *t.shape[1:])).astype("f") for t in (x, h, c)]
     expected = lstm(data[0], initial_state=data[1:])
@@ -369,8 +409,10 @@ def test_keras_2_functional_config():
     config = {
         "name": "model",
         "layers": [
-            {"class_name": "InputLayer", "config": {"batch_input_shape": [None, 6, 2], "name": "x"}, "name": "x", "inbound_nodes": []},
-            {"class_name": "Conv1D", "config": shared, "name": "c", "inbound_nodes": [[["x", 0, 0, {}]], [["c", 0, 0, {}]]]},
+            {"class_name": "InputLayer", "config": {"batch_input_shape": [None, 6, 2], "name": "x"}, "name": "x",
+            "inbound_nodes": []},
+            {"class_name": "Conv1D", "config": shared, "name": "c", "inbound_nodes": [[["x", 0, 0, {}]], [["c", 0, 0,
+            {}]]]},
         ],
         "input_layers": [["x", 0, 0]],
         "output_layers": [["c", 1, 0]],
@@ -433,6 +475,12 @@ def test_deferred_build():
         model.build((None, 10, 2))
 
 
+def test_deferred_model_called_symbolically_takes_the_whole_shape():
+    model = Sequential([layers.Conv1D(2, 3)])
+    y = model(Input((8, 1), batch_size=4))
+    assert (y.shape, model.input_shape) == ((4, 6, 2), (4, 8, 1))
+
+
 def test_deferred_stateful_model_takes_its_batch_from_the_data():
     model = Sequential([layers.ConvLSTM1D(2, 3, stateful=True)])
     first = model(np.ones((3, 2, 8, 1), "f"))
@@ -474,7 +522,10 @@ def test_sequential_config_round_trip(built):
 
 def test_keras_2_sequential_configs():
     described = [
-        {"class_name": "Conv1D", "config": {"name": "c", "batch_input_shape": [None, 9, 2], "filters": 4, "kernel_size": [3]}},
+        {
+            "class_name": "Conv1D",
+            "config": {"name": "c", "batch_input_shape": [None, 9, 2], "filters": 4, "kernel_size": [3]},
+        },
         {"class_name": "ZeroPadding1D", "config": {"name": "z", "padding": [1, 0]}},
     ]
     for config in (described, {"name": "s", "layers": described}):
@@ -488,8 +539,10 @@ def test_frozen_parts_stay_frozen():
     model.trainable = False
     assert model.trainable_weights == [] and len(model.non_trainable_weights) == 4
     assert Sequential.from_config(through_json(model.get_config())).trainable_weights == []
+    assert Sequential.from_config(through_json(model.get_config())).trainable is False
     model.trainable = True
     assert len(model.trainable_weights) == 4
+    assert Sequential([Input((9, 2)), layers.Conv1D(4, 3)], trainable=False).trainable_weights == []
     x = Input((9, 2))
     assert Model(x, layers.Conv1D(4, 3)(x), trainable=False).trainable_weights == []
 
@@ -511,7 +564,13 @@ def test_a_step_of_training_lowers_the_loss():
 
 
 def test_constraints_of_all_layers():
-    model = Sequential([Input((9, 2)), layers.Conv1D(4, 3, kernel_constraint="non_neg"), layers.Conv1D(4, 3, bias_constraint="non_neg")])
+    model = Sequential(
+        [
+            Input((9, 2)),
+            layers.Conv1D(4, 3, kernel_constraint="non_neg"),
+            layers.Conv1D(4, 3, bias_constraint="non_neg"),
+        ]
+    )
     for w in model.weights:
         w[...] = -1
     model.apply_constraints()
@@ -536,7 +595,9 @@ def test_predict_sends_batches_of_the_size_asked_for(monkeypatch):
     model = Sequential([Input((8, 2)), layers.Conv1D(4, 3)])
     sizes = []
     plain = model._run
-    monkeypatch.setattr(model, "_run", lambda *inputs, training: sizes.append(len(inputs[0])) or plain(*inputs, training=training))
+    monkeypatch.setattr(
+        model, "_run", lambda *inputs, training: sizes.append(len(inputs[0])) or plain(*inputs, training=training)
+    )
     model.predict(np.ones((70, 8, 2), "f"))
     assert sizes == [32, 32, 6]
 
@@ -552,6 +613,28 @@ def test_predict_several_inputs_and_outputs_and_mapped_data(tmp_path):
         assert type(y) is np.ndarray
         assert_close(y, want, dtype="float64", terms=10)
     assert np.array_equal(model.predict({"b": b, "a": a}, batch_size=2)[0], outputs[0])
+
+
+def test_predict_computes_where_the_weights_are_unless_told_otherwise(monkeypatch):
+    model = Sequential([Input((8, 2)), layers.Conv1D(4, 3)])
+    layer = model.layers[0]
+    x = np.random.default_rng(0).standard_normal((40, 8, 2)).astype("f")
+    y = model(x)
+    second_place(monkeypatch)
+    for device, place in ((None, np.ndarray), ("gpu", DeviceArray), (None, DeviceArray), ("cpu", np.ndarray)):
+        predicted = model.predict(x, device=device)
+        assert type(predicted) is np.ndarray and np.allclose(predicted, y, atol=1e-6)
+        assert type(layer.kernel) is type(layer.bias) is place
+        if place is DeviceArray:
+            with pytest.raises(ValueError, match="do not move silently"):
+                model(x)
+
+
+def test_predict_of_fresh_weights_goes_where_asarray_goes(monkeypatch):
+    model = Sequential([Input((8, 2)), layers.Conv1D(4, 3)])
+    second_place(monkeypatch)
+    assert type(model.predict(np.ones((3, 8, 2), "f"))) is np.ndarray
+    assert type(model.layers[0].kernel) is DeviceArray
 
 
 def test_predict_of_a_model_whose_output_shape_it_does_not_know():
@@ -612,11 +695,11 @@ Model: "functional"
 ┡━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━┩
 │ a (InputLayer)      │ (None, 6, 2)      │          0 │ -                 │
 ├─────────────────────┼───────────────────┼────────────┼───────────────────┤
-│ b (InputLayer)      │ (None, 6, 2)      │          0 │ -                 │
-├─────────────────────┼───────────────────┼────────────┼───────────────────┤
 │ shared (Conv1D)     │ (None, 6, 2)      │         14 │ a[0][0],          │
 │                     │                   │            │ shared[0][0],     │
 │                     │                   │            │ b[0][0]           │
+├─────────────────────┼───────────────────┼────────────┼───────────────────┤
+│ b (InputLayer)      │ (None, 6, 2)      │          0 │ -                 │
 ├─────────────────────┼───────────────────┼────────────┼───────────────────┤
 │ top (Conv1D)        │ (None, 5, 3)      │         15 │ shared[1][0]      │
 └─────────────────────┴───────────────────┴────────────┴───────────────────┘
@@ -672,7 +755,7 @@ def states():
     ids=["functional", "shared", "unbuilt", "states"],
 )
 def test_summary_is_keras_table(make, text, capsys, monkeypatch):
-    """The texts are those that Keras 3.15.1 prints for the same models, 80 columns wide."""
+    """The tables are those that Keras 3.15.1 prints for the same models, 80 columns wide."""
     monkeypatch.setenv("COLUMNS", "80")
     model = make()
     assert model.summary() is None
@@ -691,7 +774,9 @@ def test_sequential_summary_has_no_input_row(capsys):
 @pytest.mark.parametrize(("columns", "width"), [("200", 88), ("60", 56), ("20", 40)])
 def test_summary_width(columns, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
-    model = Sequential([Input((128, 9)), layers.Conv1D(100, 10, name="a_name_[that]_is_longer_than_the_column_it_stands_in")])
+    model = Sequential(
+        [Input((128, 9)), layers.Conv1D(100, 10, name="a_name_[that]_is_longer_than_the_column_it_stands_in")]
+    )
     model.summary()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) == width
@@ -699,9 +784,35 @@ def test_summary_width(columns, width, monkeypatch, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) == 100
 
 
+@pytest.mark.parametrize(
+    ("count", "size"), [(255, "1020.00 B"), (256, "1.00 KB"), (262143, "1024.00 KB"), (262144, "1.00 MB")]
+)
+def test_sizes_in_the_summary(count, size, capsys):
+    Sequential([Input((1, 1)), layers.Conv1D(count, 1, use_bias=False)]).summary()
+    assert f"Total params: {count:,} ({size})" in capsys.readouterr().out
+
+
+def test_names_that_look_like_markup(capsys):
+    a, b = Input((4, 2), name="[bold]a"), Input((4, 2), name="[b]")
+    layer = layers.Conv1D(2, 1, name="[red]")
+    Model([a, b], [layer(a), layer(b)], name="[link]").summary(line_length=160)
+    shown = capsys.readouterr().out
+    for text in (
+        '"[link]"',
+        "[bold]a (Input",
+        "[b] (Input",
+        "[red] (Conv1D)",
+        "[bold]a[0][0]",
+        "[b][0][0]",
+    ):
+        assert text in shown
+
+
 def test_summary_into_a_pipe():
     """No terminal, no colour, no rewrapping, whatever the encoding of the pipe's reader is."""
-    code = "from cuconv import layers, models as m; x = m.Input((128, 9)); m.Model(x, layers.Conv1D(100, 10)(x)).summary()"
+    code = (
+        "from cuconv import layers, models as m; x = m.Input((128, 9)); m.Model(x, layers.Conv1D(100, 10)(x)).summary()"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(Path(__file__).parent.parent)}
     environment.pop("COLUMNS", None)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)

@@ -75,7 +75,7 @@ _ORIGINS: dict[type[Layer], tuple[str, str, str | None]] = {}  # Keras' module, 
 def register(
     cls: type[Layer], module: str, class_name: str, *, registered_name: str | None = None, also: Sequence[str] = ()
 ) -> None:
-    """Lets configs that Keras wrote under `module` and `class_name` (or a name in `also`) mean `cls`, and the reverse."""
+    """Lets a config with that class name, or one in `also`, mean `cls`, and `serialize` write it as Keras does."""
     _ORIGINS[cls] = (module, class_name, registered_name)
     _CLASSES.update(dict.fromkeys((class_name, *also), cls))
 

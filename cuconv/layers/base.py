@@ -149,7 +149,9 @@ def as_shape(value: Any, name: str) -> Shape:
     """`value` as a tuple of sizes, each None or an integer >= 0."""
     entries = list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
     sizes = tuple(None if entry is None else geometry.as_int(entry) for entry in entries)
-    wrong = [entry for entry, size in zip(entries, sizes, strict=True) if entry is not None and (size is None or size < 0)]
+    wrong = [
+        entry for entry, size in zip(entries, sizes, strict=True) if entry is not None and (size is None or size < 0)
+    ]
     if wrong or not hasattr(value, "__iter__"):
         raise ValueError(f"`{name}` must be a tuple of integers >= 0 or None. Received: {name}={value!r}")
     return sizes
@@ -189,8 +191,8 @@ def _object_module(argument: str) -> Any:
 def _public_signature(cls: type[Layer]) -> inspect.Signature:
     """The constructor's signature as a caller should see it.
 
-    ``*rest`` stands for the parent's arguments that are not named; a default that is one number for all axes is shown as
-    one number for each axis above rank 1.
+    ``*rest`` stands for the parent's arguments that are not named. Above rank 1, a default that is one number for all
+    axes is shown as one number for each axis.
     """
     own = list(inspect.signature(cls.__init__).parameters.values())[1:]
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
@@ -380,7 +382,8 @@ class Layer:
     def _only_node(self) -> Node:
         if len(self._nodes) != 1:
             raise AttributeError(
-                f"layer {self.name!r} has `input` and `output` after exactly one symbolic call. Received: {len(self._nodes)} calls"
+                f"layer {self.name!r} has `input` and `output` after exactly one symbolic call. "
+                f"Received: {len(self._nodes)} calls"
             )
         return self._nodes[0]
 
@@ -573,17 +576,20 @@ class Layer:
         )
 
     def _backward(self, context: Any, dy: Any) -> tuple[Any, list[Array]]:
-        """Gradients of the inputs and, in the order of get_weights, of the weights, without their regularizers' share."""
+        """Gradients of the inputs, and of the weights in get_weights order without their regularizers' share."""
         parts = [self._output_gradient(part, shape) for part, shape in zip(to_tuple(dy), context.shapes, strict=True)]
         for index, y in enumerate(context.outputs):
-            if y.shape[0]:
-                share = (self.activity_regularizer.gradient(y) / y.shape[0]).astype(self._compute, copy=False)
-                parts[index] = share if parts[index] is None else parts[index] + share
+            share = (self.activity_regularizer.gradient(y) / max(1, y.shape[0])).astype(self._compute, copy=False)
+            parts[index] = share if parts[index] is None else parts[index] + share
         if all(part is None for part in parts):
             raise ValueError(f"`backward` of layer {self.name!r} needs the gradient of an output. Received: dy=None")
         dx, gradients = self._propagate(context.saved, single(tuple(parts)))
         dx = tuple(part.astype(dtype, copy=False) for part, dtype in zip(to_tuple(dx), context.dtypes, strict=True))
         return single(dx), [gradient.astype(self._variable, copy=False) for gradient in gradients]
+
+    def _has_losses(self, context: Any) -> bool:
+        """Whether that pass has a gradient even if no output has one."""
+        return bool(context.outputs)
 
     def _output_gradient(self, dy: Any, shape: Shape) -> Array:
         if dy is None:
@@ -616,7 +622,7 @@ class Layer:
     # --- Inputs ---
 
     def _accept(self, inputs: tuple[Any, ...]) -> tuple[Array, ...]:
-        """The inputs in the compute dtype; builds the layer and brings its weights to the inputs if that is still to do."""
+        """The inputs in the compute dtype; the layer is built and its weights are where the inputs are, if need be."""
         arrays = tuple(self._cast(x) for x in inputs)
         x = arrays[0]
         if self.built:
@@ -624,7 +630,7 @@ class Layer:
         else:
             self.build(x.shape)
         self._follow(x)
-        if len(inputs) == 1 and x is inputs[0]:
+        if len(inputs) == 1:
             self._accepted = (x.__class__, x.shape, x.dtype)
         return arrays
 
@@ -658,8 +664,9 @@ class Layer:
         if self._weights and self._home is not x.__class__:
             if self._home is not None:
                 raise ValueError(
-                    f"the weights of layer {self.name!r} are {self._home.__module__} arrays since its first call and do not move "
-                    f"silently. Bring the input there. Received: inputs of type {type(x).__module__}.{type(x).__name__}"
+                    f"the weights of layer {self.name!r} are {self._home.__module__} arrays since its first call and "
+                    "do not move silently. Bring the input there. "
+                    f"Received: inputs of type {type(x).__module__}.{type(x).__name__}"
                 )
             self._move(x)
 
@@ -668,7 +675,6 @@ class Layer:
         for weight in self._weights:
             weight.value = ops.like(weight.value, reference)
         self._home = reference.__class__
-        self._accepted = None
 
     def _in_compute_dtype(self, weight: Array) -> Array:
         return weight.astype(self._compute) if self._variable != self._compute and self.autocast else weight
@@ -727,7 +733,9 @@ class Layer:
             arguments = ["activity_regularizer", *arguments]
         for argument in arguments:
             if not hasattr(self, argument):
-                raise NotImplementedError(f"{type(self).__name__} must keep `{argument}` as an attribute, or write get_config.")
+                raise NotImplementedError(
+                    f"{type(self).__name__} must keep `{argument}` as an attribute, or write get_config."
+                )
             value, module = getattr(self, argument), _object_module(argument)
             config[argument] = value if module is None else module.serialize(value)
         return config
@@ -795,14 +803,15 @@ def _checked(layer: Layer, values: list[Any], specs: list[tuple[str, tuple[int, 
     if len(values) != len(specs):
         advice = "" if layer.built or specs else " It is not built yet: build it, or call it, first."
         raise ValueError(
-            f"layer {layer.name!r} has {len(specs)} weights ({', '.join(name for name, *_ in specs) or 'none'}).{advice} "
-            f"Received: {len(values)} arrays"
+            f"layer {layer.name!r} has {len(specs)} weights "
+            f"({', '.join(name for name, *_ in specs) or 'none'}).{advice} Received: {len(values)} arrays"
         )
     arrays = [value if hasattr(value, "dtype") else np.asarray(value) for value in values]
     for array, (name, shape, dtype) in zip(arrays, specs, strict=True):
         if tuple(array.shape) != tuple(shape):
             raise ValueError(
-                f"weight {name!r} of layer {layer.name!r} has shape {tuple(shape)}. Received: shape={tuple(array.shape)}"
+                f"weight {name!r} of layer {layer.name!r} has shape {tuple(shape)}. "
+                f"Received: shape={tuple(array.shape)}"
             )
         if array.dtype.kind == "c" and dtype.kind != "c":
             raise TypeError(f"weight {name!r} of layer {layer.name!r} is real. Received: dtype={array.dtype}")
@@ -839,10 +848,11 @@ class InputLayer(Layer):
     ) -> None:
         super().__init__(name=name)
         batch_shape = kwargs.pop("batch_input_shape", batch_shape)
+        given = {"shape": shape, "batch_shape": batch_shape, **kwargs}
         if kwargs or (shape is None) == (batch_shape is None):
             raise ValueError(
                 f"an input has either `shape` or `batch_shape`, and `batch_size`, `dtype` and `name`. "
-                f"Received: shape={shape}, batch_shape={batch_shape}{''.join(f', {key}={value!r}' for key, value in kwargs.items())}"
+                f"Received: {', '.join(f'{key}={value!r}' for key, value in given.items())}"
             )
         if batch_shape is None:
             batch_shape = (batch_size, *as_shape(shape, "shape"))

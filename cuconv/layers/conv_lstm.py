@@ -34,15 +34,16 @@ class ConvLSTM(WindowLayer):
     i = ra(X_i + H_i), f = ra(X_f + H_f), c = f * c + i * a(X_c + H_c), o = ra(X_o + H_o), h = o * a(c), where a is
     `activation` and ra `recurrent_activation`.
 
-    Weights: `kernel` [kernel_size..., in_channels, 4 * filters], `recurrent_kernel` [kernel_size..., filters, 4 * filters]
-    and `bias` [4 * filters].
+    Weights: `kernel` [kernel_size..., in_channels, 4 * filters], `recurrent_kernel`
+    [kernel_size..., filters, 4 * filters] and `bias` [4 * filters].
 
     Args:
         filters: number of output channels.
         kernel_size: taps; one integer for all spatial axes or one for each, like `strides` and `dilation_rate`.
         strides: of the convolution of the input. Not above 1 together with `dilation_rate`.
         padding: "valid" or "same", of the convolution of the input.
-        data_format: "channels_last" [batch, time, ..., channels], "channels_first" [batch, time, channels, ...] or None.
+        data_format: "channels_last" [batch, time, ..., channels], "channels_first" [batch, time, channels, ...] or
+            None (last).
         dilation_rate: of the convolution of the input.
         activation: name, callable or config dict; likewise `recurrent_activation`.
         recurrent_activation: of the three gates.
@@ -53,8 +54,8 @@ class ConvLSTM(WindowLayer):
         kernel_regularizer: None, name, callable or config dict; likewise `recurrent_regularizer`, `bias_regularizer`
             and `activity_regularizer`.
         kernel_constraint: None, name, callable or config dict; likewise `recurrent_constraint`, `bias_constraint`.
-        dropout: fraction of the input dropped with `training=True`, clamped to [0, 1]; 0 and 1 drop nothing, as in Keras.
-            Each gate has its own mask, the same at every step.
+        dropout: fraction of the input dropped with `training=True`, clamped to [0, 1]; 0 and 1 drop nothing, as in
+            Keras. Each gate has its own mask, the same at every step.
         recurrent_dropout: the same of the hidden state.
         seed: of the dropout masks.
         return_sequences: whether the output is that of every step, [batch, time, ...], or of the last.
@@ -176,11 +177,13 @@ class ConvLSTM(WindowLayer):
         if built is not None:
             if tuple(shape[2:]) != built[2:]:
                 raise ValueError(
-                    f"layer {self.name!r} was built for steps of shape {built[2:]}. Received: inputs.shape={tuple(shape)}"
+                    f"layer {self.name!r} was built for steps of shape {built[2:]}. "
+                    f"Received: inputs.shape={tuple(shape)}"
                 )
             if self.stateful and shape[0] != built[0]:
                 raise ValueError(
-                    f"layer {self.name!r} is stateful and was built for batches of {built[0]}. Received: inputs.shape={tuple(shape)}"
+                    f"layer {self.name!r} is stateful and was built for batches of {built[0]}. "
+                    f"Received: inputs.shape={tuple(shape)}"
                 )
 
     def compute_output_shape(self, input_shape: Sequence[int | None], initial_state_shape: Any = None) -> Any:
@@ -230,7 +233,7 @@ class ConvLSTM(WindowLayer):
         return self._scan(inputs, training, keep=True)
 
     def _scan(self, inputs: tuple[Array, ...], training: bool, *, keep: bool) -> tuple[Any, _Saved]:
-        """The outputs of all steps, and what the backward pass needs: of every step with `keep`, else of the last block."""
+        """The outputs, and what the backward pass needs of every step with `keep`, else of the last block only."""
         x = inputs[0]
         batch, steps = x.shape[:2]
         if steps == 0:
@@ -295,7 +298,7 @@ class ConvLSTM(WindowLayer):
         return (i + f) + (c + o)
 
     def _convolve_input(self, x: Array, mask: Array) -> tuple[Array, Array]:
-        """The input as one long batch [steps * batch, ...], masked, and its convolution [steps, batch, ..., 4 * filters].
+        """The input as one long batch [steps * batch, ...], masked, and its convolution [steps, batch, ...].
 
         Four masked copies side by side and four groups give each gate its own mask with the stored kernel as it is.
         """

@@ -120,8 +120,8 @@ class WindowLayer(SpatialLayer):
         }
         if self._strides_or_dilation and max(self.strides) > 1 and max(self.dilation_rate) > 1:
             raise ValueError(
-                f"`strides` above 1 and `dilation_rate` above 1 cannot be combined in {type(self).__name__}; cuconv.ops can. "
-                f"Received: strides={self.strides}, dilation_rate={self.dilation_rate}"
+                f"`strides` above 1 and `dilation_rate` above 1 cannot be combined in {type(self).__name__}; "
+                f"cuconv.ops can. Received: strides={self.strides}, dilation_rate={self.dilation_rate}"
             )
 
     def _padding_name(self, padding: Any) -> Any:
@@ -135,7 +135,8 @@ class WindowLayer(SpatialLayer):
     def _checked_options(self) -> dict[str, Any]:
         if not isinstance(self.padding, str):
             raise ValueError(
-                f"`padding` of a layer must be a name; cuconv.ops take (before, after) pairs. Received: padding={self.padding!r}"
+                f"`padding` of a layer must be a name; cuconv.ops take (before, after) pairs. "
+                f"Received: padding={self.padding!r}"
             )
         return self._options
 
