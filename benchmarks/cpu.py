@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import Call, interleaved, machine, one_thread, per_call, pin_to_one_thread
+from benchmarks.timing import CLOCKS, Call, Clock, interleaved, machine, one_thread, per_call, pin_to_one_thread
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -293,7 +294,7 @@ def onnxruntime_calls(row: Row, operands: Operands) -> dict[str, Call]:
     if row.depthwise:
         kernel = kernel.reshape(row.filters, 1, *row.kernel_size)
     begins, ends = zip(*row.pads, strict=True)
-    attributes = {
+    attributes: dict[str, Any] = {
         "kernel_shape": row.kernel_size,
         "strides": [row.strides] * rank,
         "dilations": [row.dilation_rate] * rank,
@@ -334,6 +335,8 @@ PEERS = ("torch", "onnxruntime")
 
 # ------------------------------------------------------------------------------------------------ measuring
 
+SECONDS_PER_ROW = 1.0  # short calls are repeated more often than asked for, until this much has been measured
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -368,7 +371,13 @@ class Measurement:
         }
 
 
-def measure(row: Row, repeats: int) -> Measurement:
+def fastest_ways(times: dict[tuple[str, str], float]) -> tuple[dict[str, str], dict[str, float]]:
+    """For every library its fastest variant, and the seconds it took."""
+    variant = dict(sorted(times, key=times.__getitem__, reverse=True))
+    return variant, {library: times[library, way] for library, way in variant.items()}
+
+
+def measure(row: Row, repeats: int, clock: Clock) -> Measurement:
     """Every library on one row, checked and then timed in turns."""
     operands = Operands.random(row)
     truth = definition(row, operands)
@@ -383,17 +392,18 @@ def measure(row: Row, repeats: int) -> Measurement:
             absent[library] = f"absent: {error}"
             continue
         if not ways:
-            absent[library] = "absent: no such operation"
+            absent[library] = "absent: has no such operation"
         for variant, call in ways.items():
             check(row, f"{library} ({variant})", call(), truth)
             calls[library, variant] = call
-    times = interleaved(calls, repeats)
-    slowest_first = sorted(times, key=times.__getitem__, reverse=True)
-    seconds = {library: times[library, variant] for library, variant in slowest_first}
-    return Measurement(row, seconds, dict(slowest_first), absent)
+    trial = interleaved(calls, 2, clock)
+    leaders = fastest_ways(trial)[1]
+    contenders = {way: call for way, call in calls.items() if trial[way] <= 1.5 * leaders[way[0]]}
+    best, seconds = fastest_ways(interleaved(contenders, repeats, clock, SECONDS_PER_ROW))
+    return Measurement(row, seconds, best, absent)
 
 
-def layer_overhead(repeats: int) -> dict[str, float | None]:
+def layer_overhead(repeats: int, clock: Clock) -> dict[str, float | None]:
     """Microseconds of one call of a tiny Conv1D layer, (1, 16, 4) k3 -> 8, and of torch's on its own layout."""
     from cuconv import layers
 
@@ -406,7 +416,7 @@ def layer_overhead(repeats: int) -> dict[str, float | None]:
     else:
         torch.set_num_threads(1)
         calls["torch"] = partial(torch.nn.Conv1d(4, 8, 3).requires_grad_(False), torch.ones(1, 4, 16))
-    times = per_call(calls, repeats)
+    times = per_call(calls, repeats, clock)
     return {name: times[name] * 1e6 if name in times else None for name in ("cuconv", "torch")}
 
 
@@ -538,29 +548,21 @@ def ratio_text(ratio: float | None) -> str:
 
 
 def row_table(measurements: list[Measurement]) -> Table:
-    table = Table(title="one CPU thread, float32, channels_last in and out, shortest processor time")
-    table.add_column("row")
-    for heading in ("GFLOP", "MB", "cuconv ms", "GFLOP/s", "torch ms", "ORT ms", "/ torch", "/ ORT"):
-        table.add_column(heading, justify="right")
-    table.add_column("torch's best")
+    table = Table(title="one CPU thread, float32, channels_last; milliseconds", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("row", no_wrap=True)
+    for heading in ("cuconv", "GFLOP/s", "torch", "ORT", "/torch", "/ORT"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for m in measurements:
         r = m.record()
         peers = [f"{r[f'{peer}_ms']:.2f}" if peer in m.seconds else "absent" for peer in PEERS]
-        table.add_row(
-            m.row.name,
-            f"{r['gflop']:.3f}",
-            f"{r['minimal_mb']:.1f}",
-            f"{r['cuconv_ms']:.2f}",
-            f"{r['cuconv_gflops']:.1f}",
-            *peers,
-            *(ratio_text(m.ratio(peer)) for peer in PEERS),
-            m.variant.get("torch", "-"),
-        )
+        ratios = [ratio_text(m.ratio(peer)) for peer in PEERS]
+        table.add_row(m.row.name, f"{r['cuconv_ms']:.2f}", f"{r['cuconv_gflops']:.1f}", *peers, *ratios)
+    table.caption = "\n".join(sorted({f"{name} {why}" for m in measurements for name, why in m.absent.items()}))
     return table
 
 
 def goal_table(records: list[dict[str, Any]]) -> Table:
-    table = Table(title="goals")
+    table = Table(title="goals", box=box.SIMPLE)
     table.add_column("goal")
     for heading in ("measured", "at most", "met"):
         table.add_column(heading, justify="right")
@@ -571,7 +573,7 @@ def goal_table(records: list[dict[str, Any]]) -> Table:
 
 
 def memory_table(records: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"peak memory beyond operands and answer; bound {MEMORY_BOUND >> 20} MB")
+    table = Table(title=f"peak memory beyond operands and answer; bound {MEMORY_BOUND >> 20} MB", box=box.SIMPLE)
     table.add_column("row")
     for heading in ("operands and answer, MB", "workspace, MB", "met"):
         table.add_column(heading, justify="right")
@@ -581,9 +583,10 @@ def memory_table(records: list[dict[str, Any]]) -> Table:
     return table
 
 
-def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
-    """Writes the records, each with the machine and the versions it was measured on."""
-    lines = [record | machine() for record in records]
+def write_csv(path: Path, report: dict[str, Any]) -> None:
+    """Writes the rows of a report, each with the machine and the versions it was measured on."""
+    rounded = [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items()} for record in report["rows"]]
+    lines = [record | report["machine"] for record in rounded]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
@@ -598,40 +601,54 @@ def selected(rows: tuple[Row, ...], pattern: str) -> list[Row]:
     return chosen
 
 
+def time_report(
+    rows: list[Row], repeats: int, clock: str, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table]]:
+    """What `--json` prints and the tables that show it."""
+    measurements = []
+    for row in rows:
+        say(row.name)
+        measurements.append(measure(row, repeats, CLOCKS[clock]))
+    overhead = layer_overhead(repeats, CLOCKS[clock])
+    summary = [goal.record() for goal in goals(measurements, overhead["cuconv"])]
+    records = [m.record() for m in measurements]
+    report = {"machine": machine() | {"clock": clock}, "rows": records, "overhead_us": overhead, "summary": summary}
+    return report, [row_table(measurements), goal_table(summary)]
+
+
+def memory_report(rows: list[Row], say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table]]:
+    """The same for `--memory`."""
+    records = []
+    for row in rows:
+        say(row.name)
+        records.append(measure_memory(row))
+    return {"machine": machine(), "rows": records}, [memory_table(records)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--rows", default="*", metavar="PATTERN", help="only rows whose name matches, e.g. 'conv2d*'")
     parser.add_argument("--repeats", type=int, default=20, help="timings of each library, of which the shortest counts")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: leave out what other processes took")
     parser.add_argument("--csv", type=Path, help="also write the rows, with machine and versions, to this file")
     parser.add_argument("--memory", action="store_true", help="measure peak memory on a 2 GB array instead of time")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"`--repeats` must be at least 1. Received: repeats={options.repeats}")
 
-    console = Console(stderr=options.json)
-    report: dict[str, Any] = {"machine": machine()}
-    rows = selected(MEMORY_ROWS if options.memory else ROWS, options.rows)
-    results: list[Any] = []
-    with console.status("") as status:
-        for i, row in enumerate(rows, 1):
-            status.update(f"{i}/{len(rows)} {row.name}")
-            results.append(measure_memory(row) if options.memory else measure(row, options.repeats))
-        if not options.memory:
-            overhead = layer_overhead(options.repeats)
-            summary = [goal.record() for goal in goals(results, overhead["cuconv"])]
-            report |= {"rows": [m.record() for m in results], "overhead_us": overhead, "summary": summary}
+    with Console(stderr=True).status("") as status:
+        if options.memory:
+            report, tables = memory_report(selected(MEMORY_ROWS, options.rows), status.update)
         else:
-            report["rows"] = results
+            rows = selected(ROWS, options.rows)
+            report, tables = time_report(rows, options.repeats, options.clock, status.update)
     if options.csv:
-        write_csv(options.csv, report["rows"])
+        write_csv(options.csv, report)
     if options.json:
         print(json.dumps(report, indent=2))
-    elif options.memory:
-        console.print(memory_table(results))
     else:
-        console.print(row_table(results))
-        console.print(goal_table(summary))
+        Console().print(*tables)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Call = Callable[[], Any]
+Clock = Callable[[], float]
 Name = TypeVar("Name")
+
+# On a machine that others use too, the processor's clock leaves out what they took from one thread.
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -34,27 +38,34 @@ def pin_to_one_thread(module: str) -> None:
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], one_thread())
 
 
-def interleaved(calls: Mapping[Name, Call], repeats: int) -> dict[Name, float]:
-    """Shortest processor time in seconds of each call, taken in turns: A B C A B C ...
+def interleaved(
+    calls: Mapping[Name, Call], repeats: int, clock: Clock = time.perf_counter, seconds: float = 0.0
+) -> dict[Name, float]:
+    """Shortest time in seconds of each call, taken in turns: A B C A B C ... for at least `seconds` in all.
 
-    Turns spread a busy moment of the machine over all competitors, and the minimum drops it. One round warms up. With one
-    thread, processor time is the time on the clock less what other processes took; a second thread would be charged too.
+    Turns spread a busy moment of the machine over all competitors, and the minimum drops it. One round warms up.
     """
     best = {name: float("inf") for name in calls}
     for call in calls.values():
         call()
-    for _ in range(repeats):
+    rounds, spent = 0, 0.0
+    while rounds < repeats or spent < seconds:
         for name, call in calls.items():
-            start = time.process_time()
+            start = clock()
             call()
-            best[name] = min(best[name], time.process_time() - start)
+            taken = clock() - start
+            best[name] = min(best[name], taken)
+            spent += taken
+        rounds += 1
     return best
 
 
-def per_call(calls: Mapping[Name, Call], repeats: int, loops: int = 1000) -> dict[Name, float]:
-    """Shortest mean processor time in seconds of one call out of `loops` in a row, for calls of a few microseconds."""
+def per_call(
+    calls: Mapping[Name, Call], repeats: int, clock: Clock = time.perf_counter, loops: int = 1000
+) -> dict[Name, float]:
+    """Shortest mean time in seconds of one call out of `loops` in a row, for calls of a few microseconds."""
     runs = {name: partial(timeit.Timer(call).timeit, loops) for name, call in calls.items()}
-    return {name: seconds / loops for name, seconds in interleaved(runs, repeats).items()}
+    return {name: seconds / loops for name, seconds in interleaved(runs, repeats, clock).items()}
 
 
 def machine() -> dict[str, str]:

@@ -226,7 +226,7 @@ def _inside(x: Array, low: float, high: float) -> Array:
 def _logistic(x: Array, out: Array | None = None) -> Array:
     """1 / (1 + exp(-x)); the overflow of exp(-x) to infinity gives the right answer 0."""
     with np.errstate(over="ignore"):
-        e = np.exp(np.negative(x, out=out), out=out)
+        e = np.exp(np.multiply(x, -1, out=out), out=out)  # np.negative in place is wrong on strided views (NumPy 2.4)
     return np.reciprocal(np.add(e, 1, out=out), out=out)
 
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -454,9 +455,16 @@ def bias_grad(dy: Array, *, data_format: str | None = None) -> Array:
     _engine(dy)
     if dy.ndim < 2:
         raise ValueError(f"`dy` must have at least 2 axes. Received: dy.shape={dy.shape}")
-    channel = dy.ndim - 1 if geometry.normalize_data_format(data_format) == geometry.CHANNELS_LAST else 1
     wide = np.float32 if dy.dtype.itemsize == 2 else dy.dtype
-    total = dy.sum(axis=tuple(axis for axis in range(dy.ndim) if axis != channel), dtype=wide)
+    if geometry.normalize_data_format(data_format) == geometry.CHANNELS_LAST:
+        rows = dy.reshape(-1, dy.shape[-1])
+        # NumPy adds rows one after the other, and rounding errors with them: sums of sums are as good as pairwise ones.
+        step = max(1, math.isqrt(len(rows)))
+        whole = len(rows) // step * step
+        parts = rows[:whole].reshape(-1, step, dy.shape[-1]).sum(axis=1, dtype=wide)
+        total = parts.sum(axis=0) + rows[whole:].sum(axis=0, dtype=wide)
+    else:
+        total = dy.sum(axis=(0, *range(2, dy.ndim)), dtype=wide)
     return total.astype(dy.dtype, copy=False)
 
 

@@ -18,8 +18,8 @@ TAPS = 5
 DILATIONS = (1, 2, 4, 8)  # the last layer sees 1 + 4 * (1 + 2 + 4 + 8) = 61 steps, 2.4 s: one repetition
 BATCH = 32
 RATE = 3e-3  # of Adam at the start; falls to zero along a cosine
-SMOOTHING = 0.1  # share of a target that is spread over all classes
 TILT = np.deg2rad(6)  # per axis: how differently a watch sits from wrist to wrist
+MIXING = 0.4  # parameter of the beta distribution of mixup: most windows stay nearly pure
 
 
 def build(x: np.ndarray, classes: int) -> models.Model:
@@ -83,6 +83,14 @@ def tilted(x: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return (x.reshape(len(x), -1, 3) @ rotations).reshape(x.shape)
 
 
+def mixed(x: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Each window blended with another one of the batch, and their targets alike (mixup, Zhang et al., 2018)."""
+    share = generator.beta(MIXING, MIXING, size=len(x)).astype(x.dtype)
+    others = generator.permutation(len(x))
+    own, other = share[:, None, None], 1 - share[:, None, None]
+    return own * x + other * x[others], own[:, 0] * targets + other[:, 0] * targets[others]
+
+
 class Fit(NamedTuple):
     """How the training went: the loss of the last epoch, its steps and time, and one output, where it was computed."""
 
@@ -108,7 +116,7 @@ def fit(
     """
     generator = np.random.default_rng(seed)
     adam = Adam()
-    targets = (1 - SMOOTHING) * np.eye(classes, dtype=np.float32)[windows.y] + np.float32(SMOOTHING / classes)
+    certain = np.eye(classes, dtype=np.float32)
     batches = len(windows.y) // BATCH
     total = epochs * batches
     times: list[float] = []
@@ -119,8 +127,9 @@ def fit(
         losses: Array = 0
         for chosen in generator.permutation(len(windows.y))[: batches * BATCH].reshape(batches, BATCH):
             rate = RATE * (1 + np.cos(np.pi * adam.steps / total)) / 2
-            scores = model.forward(ops.asarray(tilted(windows.x[chosen], generator)))
-            batch_loss, gradient = cross_entropy(scores, ops.asarray(targets[chosen]))
+            x, targets = mixed(tilted(windows.x[chosen], generator), certain[windows.y[chosen]], generator)
+            scores = model.forward(ops.asarray(x))
+            batch_loss, gradient = cross_entropy(scores, ops.asarray(targets))
             model.backward(gradient)
             adam.step(model.trainable_weights, model.trainable_gradients, rate)
             losses = losses + batch_loss

@@ -5,17 +5,16 @@ operand comes to be; the measured rows are those of ``python -m benchmarks.cpu``
 
 Convolution and kernel gradient, with ``rows`` = positions and ``depth`` = taps x channels:
 
-* ``windows`` -- no copy. In a channels-last sequence the k * C inputs of one output are one run; every ceil(k / s)-th
-  output starts behind the run of the one before, so those rows are a matrix with a legal leading dimension: ceil(k / s)
-  products.
-* ``tile`` -- the window matrix is copied out of a padded tile, in runs of k * C elements where the dilation is 1.
+* ``tile`` -- the window matrix is copied out of x, or of a padded tile of it, in runs of k * C elements where the
+  dilation is 1. The copy costs 5 to 10 % of a product with 64 filters. (Overlapping windows are a legal matrix of BLAS
+  as they lie, every ceil(k / s)-th at a time; those products were no faster than the copy is cheap.)
 * ``taps`` -- the window matrix is copied out of x tap by tap: for groups, for channels_first (where a row of positions
   is the long run) and for taps so far apart that a tile would be mostly gap.
 
 Depthwise convolution and its kernel gradient, a sum over windows of a padded tile:
 
-* ``channels``, ``positions`` -- which of the two lies innermost in the tile, whatever it does in x: the longer loop
-  wins.
+* ``channels``, ``positions`` -- which of the two lies innermost in the tile. With few channels and stride 1,
+  neighbouring positions are summed as one run.
 * ``taps`` -- no tile, one slice of x a tap. For taps so far apart that a tile would be mostly gap.
 
 Transposed convolution and input gradient:
@@ -35,16 +34,14 @@ from dataclasses import dataclass
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 
 DEFAULT_WORKSPACE = 64 << 20  # bytes of scratch memory a call may use
-# Bytes of a block. Smaller ones make products too small, larger ones leave the cache. Rows "conv2d 3x3 64->64" and
-# "conv1d k16 s8 transposed" take 1.15 and 1.2 times as long with 1 MiB, and the same with 8 MiB.
+# Bytes of a window matrix. Row "conv2d 3x3 64->64" takes as long with 1 to 3.5 MB and 1.16 times as long with 7 MB, row
+# "conv1d k10 9->100" 1.2 times as long with less than 1 MB.
+COLUMN_BYTES = 2 << 20
+# Bytes of a block of other kinds. Row "transpose1d k16 s8" takes 1.2 times as long with 1 MiB and the same with 8 MiB.
 BLOCK_BYTES = 4 << 20
-CACHE_LINE = 16  # elements of a cache line in float32
-# Rows of each of the ceil(k / s) products over windows. With fewer the product is bound by reading the kernel: row
-# "conv1d k15" takes 3 times as long with 16.
-PHASE_ROWS = 256
-# A product with fewer columns is bound by reading its rows, and those of overlapping windows lie far apart: a k3 128->8
-# takes 8.5 ms as windows and 5.8 ms copied.
-FEW_FILTERS = 16
+# Elements of the inner loop of a depthwise sum. Row "depthwise2d k7" takes 1.2 times as long with 256, row
+# "depthwise1d k4" with 1024.
+INNER_LOOP = 768
 
 
 @dataclass(frozen=True)
@@ -55,33 +52,21 @@ class HostPlan:
         strategy: one of the names in the module's text.
         block: batch items, then positions per spatial axis, that are worked on at a time.
         reason: why, in words.
+        run: neighbouring positions of a depthwise sum that are one run of its inner loop.
     """
 
     strategy: str
     block: tuple[int, ...]
     reason: str
+    run: int = 1
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_conv(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
-    """The plan of a convolution; `itemsize` in bytes is that of the dtype sums are taken in."""
-    narrow = shape.filters < FEW_FILTERS and shape.in_channels >= CACHE_LINE
-    undilated = shape.rank == 1 and shape.k_eff == shape.kernel_size
-    if undilated and shape.data_format == CHANNELS_LAST and shape.groups == 1 and not narrow:
-        row_bytes = itemsize * (shape.strides[0] * shape.in_channels + shape.filters)
-        phases = -(-shape.kernel_size[0] // shape.strides[0])
-        rows = min(max(BLOCK_BYTES // row_bytes, PHASE_ROWS * phases), workspace // 2 // row_bytes)
-        block = fit_block(_positions(shape), rows)
-        return HostPlan("windows", block, "overlapping windows are a legal matrix, nothing is copied")
-    return plan_columns(shape, itemsize, workspace)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_columns(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
-    """The plan of a window matrix that is copied: a kernel gradient's, or a convolution's."""
+    """The plan of a convolution or its kernel gradient; `itemsize` in bytes is that of the dtype sums are taken in."""
     taps = math.prod(shape.kernel_size)
     row_bytes = itemsize * (taps * shape.in_channels + shape.filters)
-    block = fit_block(_positions(shape), min(BLOCK_BYTES, workspace // 2) // row_bytes)
+    block = fit_block(_positions(shape), min(COLUMN_BYTES, workspace // 2) // row_bytes)
     spans = [(m - 1) * s + k_eff for m, s, k_eff in zip(block[1:], shape.strides, shape.k_eff, strict=True)]
     tile_bytes = block[0] * math.prod(spans) * shape.in_channels * itemsize
     compact = tile_bytes <= min(2 * BLOCK_BYTES, workspace // 4)
@@ -116,9 +101,11 @@ def plan_depthwise(shape: ConvShape, itemsize: int, workspace: int) -> HostPlan:
     block = fit_block(_positions(shape), min(2 * BLOCK_BYTES, workspace // 2) // row_bytes)
     if halo * shape.in_channels * itemsize > min(16 * BLOCK_BYTES, workspace // 2):
         return HostPlan("taps", block, "taps lie too far apart for one tile")
-    if shape.in_channels >= min(4 * CACHE_LINE, positions):
-        return HostPlan("channels", block, "the inner loop runs over channels")
-    return HostPlan("positions", block, "few channels: the inner loop runs over positions")
+    if shape.data_format == CHANNELS_LAST or shape.in_channels >= positions:
+        kernel_bytes = math.prod(shape.kernel_size) * shape.in_channels * itemsize
+        run = min(INNER_LOOP // shape.in_channels, workspace // 16 // kernel_bytes) if shape.strides[-1] == 1 else 1
+        return HostPlan("channels", block, "the inner loop runs over channels, and positions side by side", max(1, run))
+    return HostPlan("positions", block, "the inner loop runs over positions, as they lie in x")
 
 
 @functools.lru_cache(maxsize=4096)

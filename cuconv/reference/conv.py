@@ -11,7 +11,7 @@ import numpy as np
 
 from cuconv.activations import Activation
 from cuconv.geometry import CHANNELS_LAST, ConvShape
-from cuconv.plan.reference import HostPlan, plan_columns, plan_conv
+from cuconv.plan.reference import HostPlan, plan_conv
 from cuconv.reference.blocks import (
     Array,
     blocks,
@@ -44,9 +44,22 @@ def conv(
         return
     shape, x, out = _without_taps(shape, x, out)
     dtype = compute_dtype(x.dtype)
-    plan = plan_conv(shape, dtype.itemsize, workspace)
-    run = _conv_windows if plan.strategy == "windows" else _conv_columns
-    run(shape, plan, x, w.astype(dtype, copy=False), bias, activation, out)
+    groups = shape.groups
+    filters = shape.filters // groups
+    w = w.astype(dtype, copy=False).reshape(-1, groups, filters).transpose(1, 0, 2)
+    bias = None if bias is None else bias.reshape(groups, 1, filters)
+    columns = Columns(shape, plan_conv(shape, dtype.itemsize, workspace), dtype)
+    y = channels_last(out, shape.data_format)
+    for at in blocks(y.shape[:-1], columns.plan.block):
+        target = y[at]
+        acc, stored = _matrices(target, shape, dtype)
+        np.matmul(columns.fill(x, at), w, out=acc)
+        if bias is not None:
+            acc += bias
+        if activation is not None:
+            activation(acc, out=acc)
+        if stored is not target:
+            target[...] = stored
 
 
 def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
@@ -59,7 +72,7 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
         return
     shape, x, dy = _without_taps(shape, x, dy)
     dtype = compute_dtype(x.dtype)
-    plan = plan_columns(shape, dtype.itemsize, workspace)
+    plan = plan_conv(shape, dtype.itemsize, workspace)
     first = shape.data_format != CHANNELS_LAST
     taps, groups = math.prod(shape.kernel_size), shape.groups
     depth, filters = taps * shape.in_channels // groups, shape.filters // groups
@@ -86,9 +99,9 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
 
 def _without_taps(shape: ConvShape, x: Array, out: Array) -> tuple[ConvShape, Array, Array]:
     """A convolution of one tap, stride 1 and no padding as one sequence: all positions are rows of one matrix."""
-    if (shape.rank == 1 and shape.batch == 1) or max(shape.kernel_size) > 1 or shape.in_size != shape.out_size:
-        return shape, x, out
-    if shape.data_format != CHANNELS_LAST or shape.groups > 1 or max(shape.pad_before) > 0:
+    plain = shape.data_format == CHANNELS_LAST and shape.groups == 1 and shape.in_size == shape.out_size
+    single = max(*shape.kernel_size, *shape.strides) == 1 and not any(shape.pad_before)
+    if not (plain and single) or (shape.rank == 1 and shape.batch == 1):
         return shape, x, out
     rows = out.size // shape.filters
     flat_x, flat_out = merged(x, (1, rows, shape.in_channels)), merged(out, (1, rows, shape.filters))
@@ -96,67 +109,6 @@ def _without_taps(shape: ConvShape, x: Array, out: Array) -> tuple[ConvShape, Ar
         return shape, x, out
     flat = ConvShape(1, (rows,), (rows,), shape.in_channels, shape.filters, (1,), (1,), (1,), (0,), 1, CHANNELS_LAST)
     return flat, flat_x, flat_out
-
-
-def _conv_windows(
-    shape: ConvShape, plan: HostPlan, x: Array, w: Array, bias: Array | None, activation: Activation | None, y: Array
-) -> None:
-    """Products of overlapping windows as they lie in memory: rank 1, channels last, dilation 1, one group."""
-    (taps,), (stride,), (pad,) = shape.kernel_size, shape.strides, shape.pad_before
-    channels, depth = shape.in_channels, taps * shape.in_channels
-    w = w.reshape(depth, shape.filters)
-    phases = -(-taps // stride)
-    in_place = x.dtype == w.dtype and x.flags.c_contiguous
-    direct = y.dtype == w.dtype and y.flags.c_contiguous
-    # Outputs [inner, outer) read nothing of the padding; only the others need a padded copy of what they read.
-    inner = min(max(0, -(-pad // stride)), y.shape[1]) if in_place else 0
-    outer = max(inner, min(y.shape[1], (x.shape[1] + pad - taps) // stride + 1)) if in_place else inner
-    for start, stop, padded in ((0, inner, True), (inner, outer, False), (outer, y.shape[1], True)):
-        for items, piece in blocks((y.shape[0], stop - start), plan.block):
-            positions = slice(start + piece.start, start + piece.stop)
-            count, rows = lengths((items, positions))
-            first = positions.start * stride - pad
-            span = (rows - 1) * stride + taps
-            if padded:
-                source, origin, pitch = np.empty((count, span, channels), w.dtype), 0, span * channels
-                read_padded(x[items], ((first, first + span),), source)
-            else:
-                pitch = x.shape[1] * channels
-                source, origin = x, items.start * pitch + first * channels
-            acc = y[items, positions] if direct else np.empty((count, rows, shape.filters), w.dtype)
-            for phase in range(min(phases, rows)):
-                shown = (count, -(-(rows - phase) // phases), depth)
-                steps = (pitch, phases * stride * channels, 1)
-                window = strided(source, shown, steps, origin + phase * stride * channels)
-                np.matmul(window, w, out=acc[:, phase::phases])
-            if bias is not None:
-                acc += bias
-            if activation is not None:
-                activation(acc, out=acc)
-            if not direct:
-                y[items, positions] = acc
-
-
-def _conv_columns(
-    shape: ConvShape, plan: HostPlan, x: Array, w: Array, bias: Array | None, activation: Activation | None, y: Array
-) -> None:
-    """Products of window matrices that are copied block by block."""
-    groups = shape.groups
-    filters = shape.filters // groups
-    w = w.reshape(-1, groups, filters).transpose(1, 0, 2)
-    bias = None if bias is None else bias.reshape(groups, 1, filters)
-    columns = Columns(shape, plan, w.dtype)
-    y = channels_last(y, shape.data_format)
-    for at in blocks(y.shape[:-1], plan.block):
-        target = y[at]
-        acc, stored = _matrices(target, shape, w.dtype)
-        np.matmul(columns.fill(x, at), w, out=acc)
-        if bias is not None:
-            acc += bias
-        if activation is not None:
-            activation(acc, out=acc)
-        if stored is not target:
-            target[...] = stored
 
 
 def _stored(shape: Sequence[int], data_format: str) -> tuple[int, ...]:
@@ -222,9 +174,8 @@ class Columns:
             if self.plan.strategy == "taps":
                 stored = buffer.reshape(groups, count, *sizes, *shape.kernel_size, depth)
                 self._copy_taps(x, at[1:], np.moveaxis(stored, 0, -2))
-            else:
-                self._copy_tile(x, at[1:], buffer)
-            return buffer.reshape(groups, count * rows, self.taps * depth)
+                return buffer.reshape(groups, count * rows, self.taps * depth)
+            return self._windows(x, at[1:], buffer)
         stored = buffer.reshape(count, groups, *shape.kernel_size, depth, *sizes)
         rank = shape.rank
         order = (0, *range(rank + 3, 2 * rank + 3), *range(2, rank + 2), 1, rank + 2)
@@ -248,18 +199,29 @@ class Columns:
             zero_outside(target, inside)
             target[every + inside] = x[every + source]
 
-    def _copy_tile(self, x: Array, at: tuple[slice, ...], buffer: Array) -> None:
-        """Fill `buffer` [b, p.., taps * C] from x [b, L.., C] by way of a padded tile; one group."""
+    def _windows(self, x: Array, at: tuple[slice, ...], buffer: Array) -> Array:
+        """The window matrix [1, b*p, taps*C] of x [b, L.., C], one group, in `buffer` unless x holds it as it is."""
         shape = self.shape
         spans = [
             (block.start * s - pad, (block.stop - 1) * s - pad + k_eff)
             for block, s, k_eff, pad in zip(at, shape.strides, shape.k_eff, shape.pad_before, strict=True)
         ]
-        tile = np.empty((x.shape[0], *(last - first for first, last in spans), shape.in_channels), buffer.dtype)
-        read_padded(x, spans, tile)
+        inside = all(first >= 0 and last <= n for (first, last), n in zip(spans, shape.in_size, strict=True))
+        if inside and x.dtype == buffer.dtype and x.flags.c_contiguous:
+            tile, corner = x, [first for first, _ in spans]
+        else:
+            sizes = [last - first for first, last in spans]
+            tile, corner = np.empty((x.shape[0], *sizes, shape.in_channels), buffer.dtype), [0] * shape.rank
+            read_padded(x, spans, tile)
         batch, *steps, _ = (step // tile.itemsize for step in tile.strides)
-        shown = (x.shape[0], *lengths(at), *shape.kernel_size, shape.in_channels)
+        origin = sum(first * step for first, step in zip(corner, steps, strict=True))
         moves = [step * s for step, s in zip(steps, shape.strides, strict=True)]
+        depth = self.taps * shape.in_channels
+        if shape.rank == 1 and x.shape[0] == 1 and shape.k_eff[0] == self.taps <= shape.strides[0]:
+            # Windows that do not overlap are the rows of a matrix.
+            return strided(tile, (1, *lengths(at), depth), (0, *moves, 1), origin)
         taps = [step * d for step, d in zip(steps, shape.dilation_rate, strict=True)]
+        shown = (x.shape[0], *lengths(at), *shape.kernel_size, shape.in_channels)
         # With dilation 1 the last two axes are one run in both arrays, which the copy finds out by itself.
-        np.copyto(buffer.reshape(shown), strided(tile, shown, (batch, *moves, *taps, 1)))
+        np.copyto(buffer.reshape(shown), strided(tile, shown, (batch, *moves, *taps, 1), origin))
+        return buffer.reshape(1, -1, depth)

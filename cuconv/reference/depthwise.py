@@ -13,7 +13,7 @@ import numpy as np
 
 from cuconv.activations import Activation
 from cuconv.geometry import ConvShape
-from cuconv.plan.reference import HostPlan, plan_depthwise, plan_transpose
+from cuconv.plan.reference import HostPlan, fit_block, plan_depthwise, plan_transpose
 from cuconv.reference.blocks import (
     Array,
     blocks,
@@ -27,6 +27,7 @@ from cuconv.reference.blocks import (
 )
 from cuconv.reference.transpose import flipped_shape, scatter, slab_corner, tap_offset
 
+SUM_LENGTH = 4096  # positions of one running sum; its relative rounding error grows with their number
 TAPS, POSITIONS = "ijk", "pqr"  # einsum subscripts of up to three axes; b and c are batch and channel
 
 
@@ -41,15 +42,19 @@ def depthwise_conv(
     channels, multiplier = shape.in_channels, shape.depth_multiplier
     w = w.astype(dtype, copy=False).reshape(*shape.kernel_size, channels, multiplier)
     x, out = channels_last(x, shape.data_format), channels_last(out, shape.data_format)
-    add = _sum_taps if plan.strategy == "taps" else _sum_windows
+    kernels = np.moveaxis(w, -1, 0)
+    repeated = np.tile(kernels, plan.run)
     direct = multiplier == 1 and out.dtype == dtype
     for at in blocks(out.shape[:-1], plan.block):
         source = x[at[0]]
-        windows = source if plan.strategy == "taps" else _windows(shape, plan, source, at[1:], dtype)
-        for m in range(multiplier):
+        windows = None if plan.strategy == "taps" else _windows(shape, plan, source, at[1:], dtype)
+        for m, kernel in enumerate(kernels):
             target = out[at][..., m::multiplier]
             acc = target if direct else _empty(target.shape, dtype, plan)
-            add(shape, windows, w[..., m], acc, at[1:])
+            if windows is None:
+                _sum_taps(shape, source, kernel, acc, at[1:])
+            else:
+                _sum_windows(shape, windows, kernel, repeated[m], acc)
             if bias is not None:
                 acc += bias[m::multiplier]
             if activation is not None:
@@ -70,7 +75,8 @@ def depthwise_kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, wor
         plan = plan_depthwise(shape, dtype.itemsize, workspace)
         x, dy = channels_last(x, shape.data_format), channels_last(dy, shape.data_format)
         taps, positions = TAPS[: shape.rank], POSITIONS[: shape.rank]
-        for at in blocks(dy.shape[:-1], plan.block):
+        # einsum adds position after position, so sums are kept short and added up in turn.
+        for at in blocks(dy.shape[:-1], fit_block(plan.block, SUM_LENGTH)):
             source = x[at[0]]
             windows = None if plan.strategy == "taps" else _windows(shape, plan, source, at[1:], dtype)
             for m in range(multiplier):
@@ -127,9 +133,30 @@ def _windows(shape: ConvShape, plan: HostPlan, x: Array, at: tuple[slice, ...], 
     return np.lib.stride_tricks.as_strided(tile, shown, (*taps, batch, *moves, channel), writeable=False)
 
 
-def _sum_windows(shape: ConvShape, windows: Array, w: Array, acc: Array, at: tuple[slice, ...]) -> None:
+def _sum_windows(shape: ConvShape, windows: Array, w: Array, repeated: Array, acc: Array) -> None:
+    """Write the sum over taps of `windows` [taps.., b, p.., C] times w [taps.., C] to `acc` [b, p.., C].
+
+    Args:
+        repeated: w for a run of positions, [taps.., run * C]: where these lie side by side, the inner loop is longer.
+    """
     taps, positions = TAPS[: shape.rank], POSITIONS[: shape.rank]
-    np.einsum(f"{taps}b{positions}c,{taps}c->b{positions}c", windows, w, out=acc)
+    subscripts = f"{taps}b{positions}c,{taps}c->b{positions}c"
+    count, channels = acc.shape[-2:]
+    run = repeated.shape[-1] // channels
+    side_by_side = windows.strides[-2:] == acc.strides[-2:] == (channels * acc.itemsize, acc.itemsize)
+    whole = count - count % run if run > 1 and side_by_side else 0
+    if whole:
+        np.einsum(subscripts, _runs(windows[..., :whole, :], run), repeated, out=_runs(acc[..., :whole, :], run))
+    if whole < count:
+        np.einsum(subscripts, windows[..., whole:, :], w, out=acc[..., whole:, :])
+
+
+def _runs(array: Array, run: int) -> Array:
+    """A view of `array` [.., p, C], whose positions lie side by side, as [.., p / run, run * C]."""
+    count, channels = array.shape[-2:]
+    shape = (*array.shape[:-2], count // run, run * channels)
+    strides = (*array.strides[:-2], run * channels * array.itemsize, array.itemsize)
+    return np.lib.stride_tricks.as_strided(array, shape, strides)
 
 
 def _sum_taps(shape: ConvShape, x: Array, w: Array, acc: Array, at: tuple[slice, ...]) -> None:
