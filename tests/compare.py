@@ -37,8 +37,8 @@ def eps(dtype) -> float:
 def tolerance(expected, *, dtype, terms: int, scale: float | None = None, roundings: int = 2, slack=0.0):
     """How far each element may be off.
 
-    `roundings` half units in the last place of the element itself, for storing it; SAFETY * eps * sqrt(terms) * scale for
-    summing `terms` products, in float32 for the 16-bit types; and `slack`.
+    `roundings` half units in the last place of the element itself, for storing it; SAFETY * eps * sqrt(terms) * scale
+    for summing `terms` products, in float32 for the 16-bit types; and `slack`.
     """
     accumulator = eps("float32") if is_half(dtype) else eps(dtype)
     if scale is None:
@@ -54,8 +54,8 @@ def assert_close(actual, expected, *, dtype, terms: int, what: str = "", **allow
         expected: the answer in float64 or complex128.
         terms: how many products one element sums.
         what: what is compared, for the message.
-        allowance: scale, the size of the largest sum on the way (by default the largest expected value, but at least 1);
-            roundings, the times an element was rounded to `dtype` (2); slack, for roundings on the way, per element (0).
+        allowance: scale, the size of the largest sum on the way (by default the largest expected value, at least 1);
+            roundings, the times an element was rounded to `dtype` (2); slack, for roundings on the way (0).
     """
     what = what or "result"
     expected = np.asarray(expected)
@@ -95,7 +95,7 @@ def poisoned(shape, dtype) -> np.ndarray:
     return np.full(shape, POISON, dtype_of(dtype))
 
 
-LAYOUTS = ("contiguous", "sliced", "reversed", "fortran", "offset")
+LAYOUTS = ("contiguous", "sliced", "reversed", "fortran", "offset", "unaligned")
 
 
 @dataclass
@@ -116,8 +116,9 @@ class Embedded:
 def embed(values: np.ndarray, layout: str) -> Embedded:
     """`values` as a view with the strides of `layout`, everything around it poisoned.
 
-    contiguous: nothing around it; sliced: every second element of every axis, from the second on; reversed: negative strides;
-    fortran: first axis fastest; offset: a block inside a larger one, rows longer than the view.
+    contiguous: nothing around it; sliced: every second element of every axis, from the second on; reversed: the same
+    with negative strides; fortran: first axis fastest; offset: a block inside a larger one, rows longer than the view;
+    unaligned: contiguous, but one byte off every address the processor likes.
     """
     shape = values.shape
     if layout == "contiguous":
@@ -126,6 +127,8 @@ def embed(values: np.ndarray, layout: str) -> Embedded:
     elif layout == "fortran":
         base = poisoned(shape[::-1], values.dtype)
         view = base.T
+    elif layout == "unaligned":
+        base = view = np.zeros(values.nbytes + 1, np.uint8)[1:].view(values.dtype).reshape(shape)
     elif layout == "offset":
         base = poisoned([n + 3 for n in shape], values.dtype)
         view = base[tuple(slice(1, 1 + n) for n in shape)]

@@ -196,9 +196,18 @@ def transpose_axes(in_size, kernel_size, strides, padding, output_padding, dilat
 
 
 def conv_transpose(
-    x, w, bias=None, *, strides=1, padding="valid", output_padding=None, data_format=None, dilation_rate=1, groups=1,
+    x,
+    w,
+    bias=None,
+    *,
+    strides=1,
+    padding="valid",
+    output_padding=None,
+    data_format=None,
+    dilation_rate=1,
+    groups=1,
     activation=None,
-):  # fmt: skip
+):
     """The full product z[i*stride + r*dilation, f] += x[i, c] * w[r, f, c], then out_size of it from the left crop on,
     zeros where it has ended; bias and activation last, so they fill the gaps too."""
     x, w = channels_last(x, data_format), wide(w)
@@ -300,9 +309,17 @@ def mixing_matrix(pointwise_w: Array) -> Array:
 
 
 def separable_conv(
-    x, depthwise_w, pointwise_w, bias=None, *, strides=1, padding="valid", data_format=None, dilation_rate=1,
+    x,
+    depthwise_w,
+    pointwise_w,
+    bias=None,
+    *,
+    strides=1,
+    padding="valid",
+    data_format=None,
+    dilation_rate=1,
     activation=None,
-):  # fmt: skip
+):
     """The depthwise convolution, then the same matrix at every position, then bias and activation, once."""
     middle = depthwise_conv(
         channels_last(x, data_format), depthwise_w, strides=strides, padding=padding, dilation_rate=dilation_rate
@@ -316,9 +333,14 @@ def separable_conv_input_grad(
     """dy through the conjugated matrix, then through the depthwise convolution's adjoint."""
     middle_grad = channels_last(dy, data_format) @ mixing_matrix(pointwise_w).conj().T
     return depthwise_conv_input_grad(
-        in_layout(middle_grad, data_format), depthwise_w, input_shape,
-        strides=strides, padding=padding, data_format=data_format, dilation_rate=dilation_rate,
-    )  # fmt: skip
+        in_layout(middle_grad, data_format),
+        depthwise_w,
+        input_shape,
+        strides=strides,
+        padding=padding,
+        data_format=data_format,
+        dilation_rate=dilation_rate,
+    )
 
 
 def separable_conv_kernel_grad(
@@ -426,22 +448,32 @@ def crop(x, cropping, data_format=None):
 
 
 def conv_lstm_step(
-    x, h, c, w, recurrent_w, bias=None, *, strides=1, padding="valid", data_format=None, dilation_rate=1,
-    activation="tanh", recurrent_activation="sigmoid",
-):  # fmt: skip
+    x,
+    h,
+    c,
+    w,
+    recurrent_w,
+    bias=None,
+    *,
+    strides=1,
+    padding="valid",
+    data_format=None,
+    dilation_rate=1,
+    activation="tanh",
+    recurrent_activation="sigmoid",
+):
     """(h, c) after one step; gates i, f, c, o side by side in the last axis of every weight. With w=None, x already is
-    the input convolution [B, P..., 4F], bias included."""
+    the input convolution [B, P..., 4F], bias included; with recurrent_w=None, the recurrent one is in it too."""
     if w is not None:
         x = conv(x, w, bias, strides=strides, padding=padding, data_format=data_format, dilation_rate=dilation_rate)
-    x_gates = channels_last(x, data_format)
-    h_gates = conv(channels_last(h, data_format), recurrent_w, padding="same")
-    xi, xf, xc, xo = np.split(x_gates, 4, axis=-1)
-    hi, hf, hc, ho = np.split(h_gates, 4, axis=-1)
-    i = activate(recurrent_activation, xi + hi)
-    f = activate(recurrent_activation, xf + hf)
-    c = f * channels_last(c, data_format) + i * activate(activation, xc + hc)
-    o = activate(recurrent_activation, xo + ho)
-    return in_layout(o * activate(activation, c), data_format), in_layout(c, data_format)
+    h_gates = 0.0
+    if recurrent_w is not None:
+        h_gates = conv(h, recurrent_w, padding="same", data_format=data_format)
+    i, f, candidate, o = np.split(wide(x) + h_gates, 4, axis=1 if data_format == "channels_first" else -1)
+    c = activate(recurrent_activation, f) * wide(c) + activate(recurrent_activation, i) * activate(
+        activation, candidate
+    )
+    return activate(recurrent_activation, o) * activate(activation, c), c
 
 
 # Derivatives without a formula

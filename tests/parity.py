@@ -11,7 +11,15 @@ from cuconv import ops
 
 
 def check(
-    name: str, problem: Problem, arrays, *, dtype: str, terms: int, options: dict | None = None, activation=None, slack=0.0
+    name: str,
+    problem: Problem,
+    arrays,
+    *,
+    dtype: str,
+    terms: int,
+    options: dict | None = None,
+    activation=None,
+    slack=0.0,
 ):
     """Calls `ops.<name>` as the problem says, into a poisoned `out` where it draws one, and compares with the oracle.
 

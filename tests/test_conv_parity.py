@@ -6,10 +6,10 @@ import numpy as np
 import oracle
 import pytest
 from compare import DTYPES, assert_close, assert_finite, is_complex
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from parity import assert_adjoint, assert_same_bits, check, unread, with_poison
-from strategies import Problem, convolutions
+from strategies import Problem, convolutions, examples
 
 from cuconv import ops
 
@@ -29,7 +29,7 @@ def fan_in(problem: Problem) -> int:
 
 
 @every_dtype
-@settings(max_examples=150)
+@examples(150)
 @given(convolutions())
 @example(Problem((2, 7, 3), (3, 3, 4)))
 @example(Problem((2, 9, 3), (3, 3, 17), {"strides": 2, "padding": "causal"}, bias=True, workspace=1))
@@ -37,6 +37,7 @@ def fan_in(problem: Problem) -> int:
 @example(Problem((2, 12, 11, 3), (3, 5, 3, 4), {"padding": "same"}, workspace=512))  # tiles in blocks
 @example(Problem((2, 12, 11, 4), (3, 2, 2, 6), {"groups": 2, "dilation_rate": (1, 3)}, workspace=512))
 @example(Problem((2, 4, 40), (3, 2, 6), {"groups": 2, "data_format": "channels_first", "strides": 2}, workspace=512))
+@example(Problem((2, 2, 1), (1, 1, 1), {"strides": 2, "padding": (0, 2)}))  # as long as the input, yet strided
 def test_conv(dtype, problem):
     x, w, bias = problem.random(problem.x_shape, problem.w_shape, problem.w_shape[-1:], dtype=dtype)
     activation = None if is_complex(dtype) else problem.activation
@@ -45,7 +46,7 @@ def test_conv(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(convolutions())
 @example(Problem((2, 30, 3), (4, 3, 17), {"strides": 3, "padding": "same"}, workspace=512))
 @example(Problem((1, 30, 3), (4, 3, 2), {"padding": "causal", "dilation_rate": 4}, workspace=512))
@@ -57,7 +58,7 @@ def test_conv_input_grad(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(convolutions())
 @example(Problem((2, 30, 3), (4, 3, 17), {"strides": 3, "padding": "same"}, workspace=512))
 @example(Problem((3, 9, 8, 4), (2, 3, 2, 6), {"padding": "same", "groups": 2}, workspace=512))
@@ -69,7 +70,7 @@ def test_conv_kernel_grad(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=40)
+@examples(40)
 @given(convolutions())
 def test_bias_grad(dtype, problem):
     (dy,) = output_grad(problem, dtype)
@@ -83,7 +84,7 @@ def test_bias_grad(dtype, problem):
 
 
 @wide_dtypes
-@settings(max_examples=80)
+@examples(80)
 @given(convolutions())
 def test_gradients_are_adjoint_to_the_convolution(dtype, problem):
     x, w, dy = output_grad(problem, dtype, problem.x_shape, problem.w_shape)
@@ -93,7 +94,7 @@ def test_gradients_are_adjoint_to_the_convolution(dtype, problem):
     assert_adjoint(dy, y, [(dx, x), (dw, w)])
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(convolutions())
 def test_gradients_are_finite_differences(problem):
     """d/dh of sum(dy * conv(x + h*u, w + h*v)), which central differences give exactly: it is quadratic in h."""
@@ -109,7 +110,7 @@ def test_gradients_are_finite_differences(problem):
     assert np.isfinite(along) and abs(slope - along) < 1e-12 * (1 + np.abs(dy).sum() * fan_in(problem))
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(convolutions())
 @example(Problem((2, 9, 3), (1, 3, 16), {"strides": 3}))
 @example(Problem((2, 9, 3), (2, 3, 16), {"strides": 3, "padding": "same"}))
@@ -128,7 +129,7 @@ def test_inputs_that_no_output_reads_do_not_matter(problem):
     check("conv_kernel_grad", problem, (x, dy, problem.w_shape), dtype="float32", terms=dy.size // problem.w_shape[-1])
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(convolutions())
 def test_one_nan_reaches_exactly_the_outputs_that_read_it(problem):
     x, w = problem.random(problem.x_shape, problem.w_shape, dtype="float32")
@@ -141,7 +142,7 @@ def test_one_nan_reaches_exactly_the_outputs_that_read_it(problem):
     assert np.array_equal(np.isnan(ops.conv(x, w, **options)), np.isnan(oracle.conv(x, w, **problem.options)))
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(convolutions(ranks=st.just(1), paddings=("causal",)))
 def test_causal_outputs_do_not_see_the_future(problem):
     x, w = problem.random(problem.x_shape, problem.w_shape, dtype="float32")
@@ -157,7 +158,7 @@ def test_causal_outputs_do_not_see_the_future(problem):
 
 
 @every_dtype
-@settings(max_examples=25)
+@examples(25)
 @given(convolutions())
 def test_gradients_are_the_same_bits_every_time(dtype, problem):
     x, w, dy = output_grad(problem, dtype, problem.x_shape, problem.w_shape)
@@ -182,8 +183,20 @@ def test_the_defaults_are_those_of_keras():
     """strides 1, valid, channels last, dilation 1, one group, no bias, no activation."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 6, 3)), rng.standard_normal((3, 3, 4))
-    spelled = ops.conv(x, w, None, strides=1, padding="valid", data_format="channels_last", dilation_rate=1, groups=1,
-                       activation=None, precision="highest", out=None, workspace=None)  # fmt: skip
+    spelled = ops.conv(
+        x,
+        w,
+        None,
+        strides=1,
+        padding="valid",
+        data_format="channels_last",
+        dilation_rate=1,
+        groups=1,
+        activation=None,
+        precision="highest",
+        out=None,
+        workspace=None,
+    )
     assert np.array_equal(ops.conv(x, w), spelled)
     assert_close(spelled, oracle.conv(x, w), dtype="float64", terms=9)
 

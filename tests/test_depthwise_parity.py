@@ -6,9 +6,9 @@ import numpy as np
 import oracle
 import pytest
 from compare import DTYPES, assert_close, is_complex
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from parity import assert_adjoint, assert_same_bits, check, unread, with_poison
-from strategies import Problem, depthwise_convolutions
+from strategies import Problem, depthwise_convolutions, examples
 
 from cuconv import ops
 
@@ -21,12 +21,15 @@ def y_shape_of(problem: Problem) -> tuple[int, ...]:
 
 
 @every_dtype
-@settings(max_examples=150)
+@examples(150)
 @given(depthwise_convolutions())
 @example(Problem((2, 30, 17), (5, 17, 1), {"padding": "causal", "dilation_rate": 3}, bias=True, workspace=512))
 @example(Problem((2, 3, 9, 8), (3, 2, 3, 2), {"strides": 2, "data_format": "channels_first"}, bias=True, workspace=512))
 @example(Problem((1, 9, 2), (3, 2, 1), {"strides": 2, "dilation_rate": 2}))
 @example(Problem((2, 40, 3), (31, 3, 1), {"padding": "same"}))
+@example(
+    Problem((1, 2, 2, 2), (1, 1, 2, 1), {"data_format": "channels_first"}, activation="sigmoid", workspace=1)
+)  # activates sums that lie four elements apart
 def test_depthwise_conv(dtype, problem):
     bias_shape = (prod(problem.w_shape[-2:]),)
     x, w, bias = problem.random(problem.x_shape, problem.w_shape, bias_shape, dtype=dtype)
@@ -36,7 +39,7 @@ def test_depthwise_conv(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(depthwise_convolutions())
 @example(Problem((2, 30, 17), (5, 17, 2), {"strides": 3, "padding": "same"}, workspace=512))
 @example(Problem((2, 3, 9, 8), (3, 2, 3, 2), {"strides": 2, "data_format": "channels_first"}, workspace=512))
@@ -47,7 +50,7 @@ def test_depthwise_conv_input_grad(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(depthwise_convolutions())
 @example(Problem((2, 30, 17), (5, 17, 2), {"strides": 3, "padding": "same"}, workspace=512))
 @example(Problem((2, 3, 9, 8), (3, 2, 3, 2), {"strides": 2, "data_format": "channels_first"}, workspace=512))
@@ -61,7 +64,7 @@ def test_depthwise_conv_kernel_grad(dtype, problem):
 
 
 @wide_dtypes
-@settings(max_examples=80)
+@examples(80)
 @given(depthwise_convolutions())
 def test_gradients_are_adjoint_to_the_depthwise_convolution(dtype, problem):
     x, w, dy = problem.random(problem.x_shape, problem.w_shape, y_shape_of(problem), dtype=dtype)
@@ -72,7 +75,7 @@ def test_gradients_are_adjoint_to_the_depthwise_convolution(dtype, problem):
 
 
 @wide_dtypes
-@settings(max_examples=60)
+@examples(60)
 @given(depthwise_convolutions())
 def test_a_depthwise_convolution_is_a_grouped_one(dtype, problem):
     """With one group per channel and its filters side by side."""
@@ -83,13 +86,21 @@ def test_a_depthwise_convolution_is_a_grouped_one(dtype, problem):
     y = ops.conv(x, grouped, **options)
     terms = max(1, dy.size)
     assert_close(ops.depthwise_conv(x, w, **problem.options), y, dtype=dtype, terms=problem.taps)
-    assert_close(ops.depthwise_conv_kernel_grad(x, dy, w.shape, **problem.options),
-                 ops.conv_kernel_grad(x, dy, grouped.shape, **options).reshape(w.shape), dtype=dtype, terms=terms)  # fmt: skip
-    assert_close(ops.depthwise_conv_input_grad(dy, w, x.shape, **problem.options),
-                 ops.conv_input_grad(dy, grouped, x.shape, **options), dtype=dtype, terms=terms)  # fmt: skip
+    assert_close(
+        ops.depthwise_conv_kernel_grad(x, dy, w.shape, **problem.options),
+        ops.conv_kernel_grad(x, dy, grouped.shape, **options).reshape(w.shape),
+        dtype=dtype,
+        terms=terms,
+    )
+    assert_close(
+        ops.depthwise_conv_input_grad(dy, w, x.shape, **problem.options),
+        ops.conv_input_grad(dy, grouped, x.shape, **options),
+        dtype=dtype,
+        terms=terms,
+    )
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(depthwise_convolutions())
 @example(Problem((2, 9, 3), (1, 3, 1), {"strides": 3}))
 @example(Problem((2, 9, 3), (2, 3, 2), {"dilation_rate": 3}))
@@ -106,7 +117,7 @@ def test_inputs_that_no_output_reads_do_not_matter(problem):
     check("depthwise_conv_kernel_grad", problem, (x, dy, w.shape), dtype="float32", terms=terms)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(depthwise_convolutions())
 def test_one_nan_reaches_exactly_the_outputs_that_read_it(problem):
     x, w = problem.random(problem.x_shape, problem.w_shape, dtype="float32")
@@ -120,7 +131,7 @@ def test_one_nan_reaches_exactly_the_outputs_that_read_it(problem):
 
 
 @every_dtype
-@settings(max_examples=25)
+@examples(25)
 @given(depthwise_convolutions())
 def test_gradients_are_the_same_bits_every_time(dtype, problem):
     x, w, dy = problem.random(problem.x_shape, problem.w_shape, y_shape_of(problem), dtype=dtype)

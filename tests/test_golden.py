@@ -1,6 +1,7 @@
 """Keras' own answers (golden/, committed with the script that made them) against the oracle and against the layers."""
 
 import json
+import re
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -95,7 +96,7 @@ def family(layer: str) -> str:
 
 def oracle_answer(case: Case, inputs: list, weights: list) -> list:
     """The oracle's outputs of every call of the case, in the order of `case.outputs`."""
-    config, rank = case.config, int(case.layer[-2] if case.layer[-1] == "D" else case.layer[-11])
+    config, rank = case.config, int(re.search(r"(\d)D", case.layer)[1])
     named = dict(zip(case.weight_names, weights, strict=True))
     options = {name: freeze(config[name]) for name in OPTIONS if name in config}
     if case.layer.startswith("ConvLSTM"):
@@ -106,8 +107,10 @@ def oracle_answer(case: Case, inputs: list, weights: list) -> list:
     data_format = config.get("data_format")
     if case.layer.startswith("UpSampling"):
         size = freeze(config.get("size", 2))
-        return [oracle.upsample(x, size, interpolation=config.get("interpolation", "nearest"), data_format=data_format)
-                for x in inputs]  # fmt: skip
+        return [
+            oracle.upsample(x, size, interpolation=config.get("interpolation", "nearest"), data_format=data_format)
+            for x in inputs
+        ]
     amounts = config.get("cropping", config.get("padding", DEFAULT_PAIRS[case.layer]))
     function = oracle.crop if case.layer.startswith("Cropping") else oracle.pad
     return [function(x, pairs(amounts, rank), data_format) for x in inputs]
@@ -172,8 +175,14 @@ def test_the_oracle_gives_keras_gradients(case):
             moved = [array + 1e-30j * direction if p == position else array for p, array in enumerate(arrays)]
             along = np.array(loss(moved).imag / 1e-30)
             size = np.sum(np.abs(gradient * direction))
-            assert_close(np.float32(np.sum(gradient * direction)), along, dtype="float32", terms=gradient.size + TERMS,
-                         scale=1.0 + size, what=f"{case.id}, array {position}")  # fmt: skip
+            assert_close(
+                np.float32(np.sum(gradient * direction)),
+                along,
+                dtype="float32",
+                terms=gradient.size + TERMS,
+                scale=1.0 + size,
+                what=f"{case.id}, array {position}",
+            )
 
 
 # --- The layers --------------------------------------------------------------------------------------------------

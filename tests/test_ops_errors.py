@@ -1,11 +1,14 @@
 """What the operations refuse: the type of the error, its words, and that `out` was not touched."""
 
+from typing import ClassVar
+
 import ml_dtypes
 import numpy as np
 import pytest
 from compare import poisoned
 
 from cuconv import ops
+from cuconv.plan.types import PlanError
 
 RNG = np.random.default_rng(0)
 
@@ -18,7 +21,7 @@ X, W = array(2, 6, 4), array(3, 4, 8)  # [B, L, C], [R, C, F]
 Y_SHAPE = (2, 4, 8)
 DY, WT, WD, WP = array(*Y_SHAPE), array(3, 8, 4), array(3, 4, 2), array(1, 8, 5)
 
-# Each operation with arguments that it accepts, by name. The first is the one whose channels and rank are spoiled below.
+# Each operation with arguments that it accepts, by name. The first is the one that is spoiled below.
 CALLS = {
     "conv": {"x": X, "w": W},
     "conv_input_grad": {"dy": DY, "w": W, "input_shape": X.shape},
@@ -120,6 +123,41 @@ def test_a_bias_of_another_shape(name, shape):
     channels = result_shape(name)[-1]
     bias = {"wrong-length": array(channels + 1), "rank-2": array(1, channels), "scalar": array()}[shape]
     refuses(ValueError, "`bias`", name, bias=bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5), (2, 8, 5), (8, 5), (1, 8, 0), (1, 1, 8, 5)], ids=str)
+@pytest.mark.parametrize("name", [n for n in CALLS if n.startswith("separable")])
+def test_a_pointwise_kernel_that_does_not_fit(name, shape):
+    refuses(ValueError, "`pointwise_w` must have the shape", name, pointwise_w=array(*shape))
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if "input_shape" in CALLS[n]])
+def test_an_input_shape_with_an_unknown_size(name):
+    refuses(ValueError, "every size must be known", name, input_shape=(None, *CALLS[name]["input_shape"][1:]))
+
+
+def test_a_bias_gradient_needs_channels():
+    with pytest.raises(ValueError, match=r"`dy` must have at least 2 axes. Received: "):
+        ops.bias_grad(array(3))
+    with pytest.raises(ValueError, match="`data_format` must be"):
+        ops.bias_grad(array(3, 2, 2), data_format="NCW")
+
+
+class OnTheGpu:
+    """What an array of a GPU library looks like from here."""
+
+    dtype, shape, ndim = np.dtype("float32"), X.shape, 3
+    __cuda_array_interface__: ClassVar = {"shape": X.shape, "typestr": "<f4", "data": (0, False), "version": 3}
+
+
+@every_call
+def test_an_array_on_a_gpu_is_not_moved_silently(name):
+    """Where there is no engine for it; the message says why and what to do."""
+    if ops.runtime.probe().usable:
+        pytest.skip("this machine computes with such arrays")
+    first = next(iter(CALLS[name]))
+    with pytest.raises(PlanError, match="cupy.asnumpy"):
+        call(name, **{first: OnTheGpu()})
 
 
 # --- Options -----------------------------------------------------------------------------------------------------
@@ -263,6 +301,16 @@ def test_out_that_only_interleaves_with_an_operand_is_fine():
     assert np.array_equal(memory[..., ::2], X)
 
 
+def test_out_that_takes_too_long_to_tell_from_an_operand(monkeypatch):
+    """Whether arrays of odd strides overlap can be a hard problem; then they count as overlapping."""
+
+    def give_up(*arrays, max_work):
+        raise np.exceptions.TooHardError
+
+    monkeypatch.setattr(np, "shares_memory", give_up)
+    refuses(ValueError, "`out` must not share memory", "conv")
+
+
 @every_forward
 def test_out_needs_an_activation_that_works_element_by_element(name):
     refuses(ValueError, "`out`", name, activation="softmax")
@@ -330,11 +378,21 @@ STEP = {
         ({"h": array(1, 4, 2, dtype="float64")}, TypeError),
         ({"recurrent_w": array(3, 2, 8, dtype="float16")}, TypeError),
         ({"activation": "Tanh"}, ValueError),
-        ({"padding": "causal"}, ValueError),
         ({"strides": 0}, ValueError),
+        ({"x": array(1, 6, 3).tolist()}, TypeError),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value.__name__,
 )
 def test_conv_lstm_steps_that_do_not_fit(changed, error):
     with pytest.raises(error, match="Received"):
         ops.conv_lstm_step(**{**STEP, **changed})
+    states = {"dh": array(1, 4, 2), "dc": array(1, 4, 2)}
+    with pytest.raises(error, match="Received"):
+        ops.conv_lstm_step_grad(**{**STEP, **states, **changed})
+
+
+@pytest.mark.parametrize("name", ["dh", "dc"])
+def test_conv_lstm_state_gradients_that_do_not_fit(name):
+    states = {"dh": array(1, 4, 2), "dc": array(1, 4, 2)}
+    with pytest.raises(ValueError, match=rf"`{name}` must have the shape.*Received: {name}"):
+        ops.conv_lstm_step_grad(**{**STEP, **states, name: array(1, 5, 2)})

@@ -46,11 +46,12 @@ def test_even_kernels_pad_more_at_the_end():
     assert line(oracle.conv(RAMP, kernel, padding="same")) == [3210, 4321, 5432, 543, 54]
 
 
+APART = [1, 10, 100, 0, 2, 20, 200, 0, 3, 30, 300, 0, 4, 40, 400, 0, 5, 50, 500, 0]
 TRANSPOSED = [
     ("valid", {}, [1, 12, 123, 234, 345, 450, 500]),
     ("valid-s2", {"strides": 2}, [1, 10, 102, 20, 203, 30, 304, 40, 405, 50, 500]),
-    ("valid-s4", {"strides": 4}, [1, 10, 100, 0, 2, 20, 200, 0, 3, 30, 300, 0, 4, 40, 400, 0, 5, 50, 500, 0]),
-    ("valid-s4-op0", {"strides": 4, "output_padding": 0}, [1, 10, 100, 0, 2, 20, 200, 0, 3, 30, 300, 0, 4, 40, 400, 0, 5, 50, 500]),
+    ("valid-s4", {"strides": 4}, APART),
+    ("valid-s4-op0", {"strides": 4, "output_padding": 0}, APART[:-1]),
     ("same", {"padding": "same"}, [12, 123, 234, 345, 450]),
     ("same-s2", {"padding": "same", "strides": 2}, [1, 10, 102, 20, 203, 30, 304, 40, 405, 50]),
     ("same-s2-op0", {"padding": "same", "strides": 2, "output_padding": 0}, [10, 102, 20, 203, 30, 304, 40, 405, 50]),
@@ -94,7 +95,10 @@ def test_two_dimensions_by_hand():
 
 def test_upsampling_by_hand():
     square = np.array([[0.0, 1.0], [2.0, 3.0]]).reshape(1, 2, 2, 1)
-    row = lambda **options: oracle.upsample(square, 2, **options)[0, 0, :, 0]
+
+    def row(**options):
+        return oracle.upsample(square, 2, **options)[0, 0, :, 0]
+
     assert row().tolist() == [0, 0, 1, 1]
     assert row(interpolation="bilinear").tolist() == [0, 0.25, 0.75, 1]
     assert row(interpolation="bicubic").round(4).tolist() == [-0.3164, 0.0156, 0.5625, 0.8945]
@@ -227,6 +231,13 @@ def test_dtype_and_shape_must_agree():
         assert_close(np.zeros((2, 1), np.float32), np.zeros(2), dtype="float32", terms=1)
 
 
+def test_a_wrong_imaginary_part_does_not_pass():
+    with pytest.raises(AssertionError, match="off by 0.5"):
+        assert_close(np.complex64([1 + 0.5j]), np.array([1.0 + 1j]), dtype="complex64", terms=1)
+    with pytest.raises(AssertionError, match="off by 1 "):
+        assert_close(np.complex64([1 + 1j]), np.array([1.0]), dtype="complex64", terms=1)
+
+
 def test_the_message_names_the_place_and_both_values():
     with pytest.raises(AssertionError, match=r"\(0, 1\).*3\.0.* instead of .*2\.0.*, off by 1 "):
         assert_close(np.array([[1.0, 3.0]]), np.array([[1.0, 2.0]]), dtype="float64", terms=1)
@@ -236,8 +247,12 @@ def test_the_message_names_the_place_and_both_values():
 def test_the_tolerance_is_a_few_units_in_the_last_place(dtype):
     """One unit passes, twenty do not."""
     one = np.ones(1, compare.dtype_of(dtype))
-    assert_close((one + compare.eps(dtype)).astype(one.dtype), np.ones(1) * (1 + 0j if one.dtype.kind == "c" else 1.0),
-                 dtype=dtype, terms=1)  # fmt: skip
+    assert_close(
+        (one + compare.eps(dtype)).astype(one.dtype),
+        np.ones(1) * (1 + 0j if one.dtype.kind == "c" else 1.0),
+        dtype=dtype,
+        terms=1,
+    )
     with pytest.raises(AssertionError, match="off by"):
         assert_close((one + 20 * compare.eps(dtype)).astype(one.dtype), np.ones(1), dtype=dtype, terms=1)
 

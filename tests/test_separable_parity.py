@@ -6,10 +6,10 @@ import numpy as np
 import oracle
 import pytest
 from compare import DTYPES, assert_close, eps, is_complex, is_half
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from parity import assert_adjoint, assert_same_bits, check
-from strategies import PER_GROUP, Problem, depthwise_convolutions
+from strategies import PER_GROUP, Problem, depthwise_convolutions, examples
 
 from cuconv import ops
 
@@ -40,7 +40,7 @@ def terms_of(problem: Problem) -> int:
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(depthwise_convolutions(), PER_GROUP)
 @example(Problem((2, 30, 17), (5, 17, 1), {"padding": "causal", "dilation_rate": 3}, bias=True, workspace=512), 16)
 @example(
@@ -56,7 +56,7 @@ def test_separable_conv(dtype, problem, filters):
 
 
 @every_dtype
-@settings(max_examples=80)
+@examples(80)
 @given(depthwise_convolutions(), PER_GROUP)
 def test_separable_conv_input_grad(dtype, problem, filters):
     shapes = problem.w_shape, pointwise_shape(problem, filters), y_shape_of(problem, filters)
@@ -68,7 +68,7 @@ def test_separable_conv_input_grad(dtype, problem, filters):
 
 
 @every_dtype
-@settings(max_examples=80)
+@examples(80)
 @given(depthwise_convolutions(), PER_GROUP)
 def test_separable_conv_kernel_grad(dtype, problem, filters):
     shapes = problem.x_shape, problem.w_shape, pointwise_shape(problem, filters), y_shape_of(problem, filters)
@@ -85,7 +85,7 @@ def test_separable_conv_kernel_grad(dtype, problem, filters):
 
 
 @wide_dtypes
-@settings(max_examples=80)
+@examples(80)
 @given(depthwise_convolutions(), PER_GROUP)
 def test_gradients_are_adjoint_to_the_separable_convolution(dtype, problem, filters):
     shapes = problem.x_shape, problem.w_shape, pointwise_shape(problem, filters), y_shape_of(problem, filters)
@@ -97,7 +97,7 @@ def test_gradients_are_adjoint_to_the_separable_convolution(dtype, problem, filt
 
 
 @wide_dtypes
-@settings(max_examples=60)
+@examples(60)
 @given(depthwise_convolutions(), st.integers(1, 4))
 def test_a_separable_convolution_is_two(dtype, problem, filters):
     """Depthwise, then 1x1; bias and activation after both."""
@@ -111,7 +111,7 @@ def test_a_separable_convolution_is_two(dtype, problem, filters):
 
 
 @every_dtype
-@settings(max_examples=20)
+@examples(20)
 @given(depthwise_convolutions(), PER_GROUP)
 def test_gradients_are_the_same_bits_every_time(dtype, problem, filters):
     shapes = problem.x_shape, problem.w_shape, pointwise_shape(problem, filters), y_shape_of(problem, filters)

@@ -6,9 +6,9 @@ import numpy as np
 import oracle
 import pytest
 from compare import DTYPES, assert_close, is_complex
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from parity import assert_adjoint, assert_same_bits, check, unread, with_poison
-from strategies import Problem, transposed_convolutions
+from strategies import Problem, examples, transposed_convolutions
 
 from cuconv import ops
 
@@ -26,7 +26,7 @@ def terms_of(problem: Problem) -> int:
 
 
 @every_dtype
-@settings(max_examples=150)
+@examples(150)
 @given(transposed_convolutions())
 @example(Problem((2, 9, 3), (5, 4, 3), {"strides": 2, "padding": "same"}, bias=True, workspace=1))
 @example(Problem((2, 30, 3), (6, 2, 3), {"strides": 4, "padding": "same", "output_padding": 1}, workspace=512))
@@ -46,10 +46,11 @@ def test_conv_transpose(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(transposed_convolutions())
 @example(Problem((2, 30, 3), (6, 2, 3), {"strides": 4, "padding": "same"}, workspace=512))
 @example(Problem((2, 3, 9, 8), (3, 2, 2, 3), {"strides": (2, 1), "data_format": "channels_first"}, workspace=512))
+@example(Problem((2, 2, 1), (1, 1, 1), {"strides": 2, "padding": (0, 1)}))  # as long as the output, yet strided
 def test_conv_transpose_input_grad(dtype, problem):
     w, dy = problem.random(problem.w_shape, y_shape_of(problem), dtype=dtype)
     terms = prod(problem.w_shape[:-1])
@@ -57,7 +58,7 @@ def test_conv_transpose_input_grad(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(transposed_convolutions())
 @example(Problem((2, 30, 3), (6, 2, 3), {"strides": 4, "padding": "same"}, workspace=512))
 @example(Problem((2, 3, 9, 8), (3, 2, 2, 3), {"strides": (2, 1), "data_format": "channels_first"}, workspace=512))
@@ -71,7 +72,7 @@ def test_conv_transpose_kernel_grad(dtype, problem):
 
 
 @wide_dtypes
-@settings(max_examples=80)
+@examples(80)
 @given(transposed_convolutions())
 def test_gradients_are_adjoint_to_the_transposed_convolution(dtype, problem):
     x, w, dy = problem.random(problem.x_shape, problem.w_shape, y_shape_of(problem), dtype=dtype)
@@ -81,10 +82,10 @@ def test_gradients_are_adjoint_to_the_transposed_convolution(dtype, problem):
     assert_adjoint(dy, y, [(dx, x), (dw, w)])
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(transposed_convolutions())
 def test_gradients_are_finite_differences(problem):
-    """d/dh of sum(dy * conv_transpose(x + h*u, w + h*v)), which central differences give exactly: it is quadratic in h."""
+    """d/dh of sum(dy * conv_transpose(x + h*u, w + h*v)): quadratic in h, so central differences are exact."""
     shapes = [problem.x_shape, problem.w_shape]
     x, w, u, v, dy = problem.random(*shapes, *shapes, y_shape_of(problem), dtype="float64")
 
@@ -110,7 +111,7 @@ def test_a_transposed_convolution_is_an_input_gradient(data_format, strides, pad
     assert_close(y, ops.conv_input_grad(x, w, y.shape, **options), dtype="float64", terms=15)
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(transposed_convolutions())
 @example(Problem((2, 3, 3), (1, 4, 3), {"strides": 3}))
 @example(Problem((2, 9, 3), (2, 4, 3), {"padding": ((3, 4),)}))
@@ -129,7 +130,7 @@ def test_positions_of_dy_that_no_input_reached_do_not_matter(problem):
     check("conv_transpose_kernel_grad", problem, (x, dy, w.shape), dtype="float32", terms=max(1, x.size // w.shape[-1]))
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(transposed_convolutions())
 def test_one_nan_reaches_exactly_the_outputs_it_is_added_to(problem):
     x, w = problem.random(problem.x_shape, problem.w_shape, dtype="float32")
@@ -143,7 +144,7 @@ def test_one_nan_reaches_exactly_the_outputs_it_is_added_to(problem):
 
 
 @every_dtype
-@settings(max_examples=25)
+@examples(25)
 @given(transposed_convolutions())
 def test_gradients_are_the_same_bits_every_time(dtype, problem):
     x, w, dy = problem.random(problem.x_shape, problem.w_shape, y_shape_of(problem), dtype=dtype)
@@ -164,8 +165,20 @@ def test_an_empty_batch_keeps_its_shape(rank):
 def test_the_defaults_are_those_of_keras():
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 4, 3)), rng.standard_normal((2, 4, 3))
-    spelled = ops.conv_transpose(x, w, None, strides=1, padding="valid", output_padding=None, data_format="channels_last",
-                                 dilation_rate=1, groups=1, activation=None, precision="highest", out=None,
-                                 workspace=None)  # fmt: skip
+    spelled = ops.conv_transpose(
+        x,
+        w,
+        None,
+        strides=1,
+        padding="valid",
+        output_padding=None,
+        data_format="channels_last",
+        dilation_rate=1,
+        groups=1,
+        activation=None,
+        precision="highest",
+        out=None,
+        workspace=None,
+    )
     assert np.array_equal(ops.conv_transpose(x, w), spelled)
     assert_close(spelled, oracle.conv_transpose(x, w), dtype="float64", terms=6)

@@ -4,9 +4,9 @@ import numpy as np
 import oracle
 import pytest
 from compare import DTYPES, assert_close, is_complex
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from parity import assert_adjoint, check
-from strategies import INTERPOLATIONS, Upsampling, upsamplings
+from strategies import INTERPOLATIONS, Upsampling, examples, upsamplings
 
 from cuconv import ops
 
@@ -15,7 +15,7 @@ TAPS = 12  # of the widest kernel, along one axis
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(upsamplings())
 @example(Upsampling((1, 4, 7, 2), (1, 1, 1, 1), size=(3, 2), interpolation="lanczos5"))
 @example(Upsampling((1, 2, 1, 4), (1, 1, 1, 1), {"data_format": "channels_first"}, size=2, interpolation="bicubic"))
@@ -28,7 +28,7 @@ def test_upsample(dtype, problem):
 
 
 @every_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(upsamplings())
 @example(Upsampling((1, 4, 7, 2), (1, 1, 1, 1), size=(3, 2), interpolation="lanczos5"))
 def test_upsample_input_grad(dtype, problem):
@@ -47,7 +47,7 @@ def test_upsample_input_grad(dtype, problem):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@settings(max_examples=80)
+@examples(80)
 @given(upsamplings())
 def test_the_gradient_is_adjoint_to_the_upsampling(dtype, problem):
     (x,) = problem.random(problem.x_shape, dtype=dtype)
@@ -64,8 +64,12 @@ def test_a_constant_stays_constant(interpolation, dtype):
         dtype if dtype != "bfloat16" else "float32"
     )
     y = ops.upsample(x, (2, 3), interpolation=interpolation)
-    assert_close(y, np.full((1, 6, 12, 2), x[0, 0, 0, 0]).astype(complex if is_complex(dtype) else float), dtype=x.dtype.name,
-                 terms=TAPS)  # fmt: skip
+    assert_close(
+        y,
+        np.full((1, 6, 12, 2), x[0, 0, 0, 0]).astype(complex if is_complex(dtype) else float),
+        dtype=x.dtype.name,
+        terms=TAPS,
+    )
 
 
 def test_by_hand():

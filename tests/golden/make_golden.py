@@ -1,11 +1,11 @@
-"""Writes Keras' own answers to directed corner cases of all 22 layers: <backend>.json (what was asked) and <backend>.npz.
+"""Writes Keras' own answers to directed corner cases of all 22 layers: <backend>.json (the questions) and .npz.
 
     KERAS_BACKEND=torch python tests/golden/make_golden.py     # keras 3.15.1, torch 2.13.0 (CPU)
     KERAS_BACKEND=jax   python tests/golden/make_golden.py     # the two interpolations that torch lacks
 
-The .npz holds one float32 vector, "values". A case takes from it, in this order: the input of every call, the weights, the
-outputs of every call, then, where it has gradients, dy of every output, dx, and the gradient of every weight. Their shapes
-are in the .json. Inputs and weights are eighths between -1 and 1, so that sums of products are exact in float32.
+The .npz holds one float32 vector, "values". A case takes from it, in this order: the input of every call, the weights,
+the outputs of every call, then, where it has gradients, dy of every output, dx, and the gradient of every weight. Their
+shapes are in the .json. Inputs and weights are eighths between -1 and 1, so that sums of products are exact in float32.
 """
 
 import json
@@ -20,8 +20,14 @@ HERE = Path(__file__).parent
 
 
 def case(name, layer, input_shape, *, calls=1, gradients=True, **config):
-    return {"id": f"{layer}-{name}", "layer": layer, "config": config, "input_shape": input_shape, "calls": calls,
-            "gradients": gradients}  # fmt: skip
+    return {
+        "id": f"{layer}-{name}",
+        "layer": layer,
+        "config": config,
+        "input_shape": input_shape,
+        "calls": calls,
+        "gradients": gradients,
+    }
 
 
 def convolutions():
@@ -44,14 +50,30 @@ def convolutions():
     yield case("kernel-longer-same-s2", "Conv1D", (1, 3, 2), filters=2, kernel_size=6, padding="same", strides=2)
     yield case("kernel-longer-causal", "Conv1D", (1, 3, 2), filters=2, kernel_size=7, padding="causal", strides=2)
     yield case("groups2", "Conv1D", (2, 6, 4), filters=6, kernel_size=3, groups=2, activation="relu")
-    yield case("groups-first-same", "Conv1D", (2, 6, 5), filters=3, kernel_size=2, groups=3, padding="same",
-               data_format="channels_first", strides=2)  # fmt: skip
+    yield case(
+        "groups-first-same",
+        "Conv1D",
+        (2, 6, 5),
+        filters=3,
+        kernel_size=2,
+        groups=3,
+        padding="same",
+        data_format="channels_first",
+        strides=2,
+    )
     yield case("batch0", "Conv1D", (0, 6, 2), filters=3, kernel_size=3)
     yield case("size1", "Conv1D", (1, 1, 1), filters=1, kernel_size=1)
     yield case("no-bias", "Conv1D", (1, 5, 2), filters=2, kernel_size=2, use_bias=False)
     yield case("softmax-last", "Conv1D", (1, 5, 2), filters=3, kernel_size=2, activation="softmax")
-    yield case("softmax-first", "Conv1D", (1, 2, 5), filters=3, kernel_size=2, activation="softmax",
-               data_format="channels_first")  # fmt: skip
+    yield case(
+        "softmax-first",
+        "Conv1D",
+        (1, 2, 5),
+        filters=3,
+        kernel_size=2,
+        activation="softmax",
+        data_format="channels_first",
+    )
     yield case("readme", "Conv1D", (1, 12, 9), filters=4, kernel_size=10, activation="relu")
 
     yield case("same-s21-k23", "Conv2D", (2, 5, 6, 2), filters=3, kernel_size=(2, 3), strides=(2, 1), padding="same")
@@ -71,8 +93,15 @@ def convolutions():
     yield case(
         "same-s123", "Conv3D", (1, 4, 5, 6, 2), filters=2, kernel_size=(2, 3, 2), strides=(1, 2, 3), padding="same"
     )
-    yield case("first-valid-d2", "Conv3D", (1, 2, 4, 5, 3), filters=2, kernel_size=2, dilation_rate=2,
-               data_format="channels_first")  # fmt: skip
+    yield case(
+        "first-valid-d2",
+        "Conv3D",
+        (1, 2, 4, 5, 3),
+        filters=2,
+        kernel_size=2,
+        dilation_rate=2,
+        data_format="channels_first",
+    )
     yield case("groups2-relu", "Conv3D", (2, 3, 2, 3, 4), filters=2, kernel_size=2, groups=2, activation="relu")
     yield case("batch0", "Conv3D", (0, 3, 3, 3, 2), filters=2, kernel_size=2)
 
@@ -82,15 +111,46 @@ def transposed_convolutions():
         for k in (1, 2, 3, 4):
             for s in (1, 2, 3):
                 for extra in (None, *range(s)):
-                    yield case(f"{padding}-k{k}-s{s}-op{extra}", "Conv1DTranspose", (1, 4, 2), filters=1, kernel_size=k,
-                               strides=s, padding=padding, output_padding=extra)  # fmt: skip
+                    yield case(
+                        f"{padding}-k{k}-s{s}-op{extra}",
+                        "Conv1DTranspose",
+                        (1, 4, 2),
+                        filters=1,
+                        kernel_size=k,
+                        strides=s,
+                        padding=padding,
+                        output_padding=extra,
+                    )
         for k in (2, 3):
-            yield case(f"{padding}-k{k}-d2", "Conv1DTranspose", (2, 4, 2), filters=2, kernel_size=k, padding=padding,
-                       dilation_rate=2)  # fmt: skip
-            yield case(f"{padding}-k{k}-d3-op0", "Conv1DTranspose", (2, 4, 2), filters=2, kernel_size=k, padding=padding,
-                       dilation_rate=3, output_padding=0)  # fmt: skip
-    yield case("first-relu", "Conv1DTranspose", (2, 3, 4), filters=2, kernel_size=3, strides=2, activation="relu",
-               data_format="channels_first")  # fmt: skip
+            yield case(
+                f"{padding}-k{k}-d2",
+                "Conv1DTranspose",
+                (2, 4, 2),
+                filters=2,
+                kernel_size=k,
+                padding=padding,
+                dilation_rate=2,
+            )
+            yield case(
+                f"{padding}-k{k}-d3-op0",
+                "Conv1DTranspose",
+                (2, 4, 2),
+                filters=2,
+                kernel_size=k,
+                padding=padding,
+                dilation_rate=3,
+                output_padding=0,
+            )
+    yield case(
+        "first-relu",
+        "Conv1DTranspose",
+        (2, 3, 4),
+        filters=2,
+        kernel_size=3,
+        strides=2,
+        activation="relu",
+        data_format="channels_first",
+    )
     yield case(
         "gaps-hold-bias", "Conv1DTranspose", (1, 3, 2), filters=2, kernel_size=1, strides=3, activation="sigmoid"
     )
@@ -100,16 +160,41 @@ def transposed_convolutions():
     yield case(
         "same-s23-k34", "Conv2DTranspose", (1, 3, 2, 2), filters=2, kernel_size=(3, 4), strides=(2, 3), padding="same"
     )
-    yield case("valid-op01", "Conv2DTranspose", (1, 3, 2, 2), filters=2, kernel_size=(2, 3), strides=(1, 2),
-               output_padding=(0, 1))  # fmt: skip
-    yield case("same-op10-first", "Conv2DTranspose", (2, 2, 3, 2), filters=3, kernel_size=(3, 2), strides=2, padding="same",
-               output_padding=(1, 0), data_format="channels_first")  # fmt: skip
+    yield case(
+        "valid-op01",
+        "Conv2DTranspose",
+        (1, 3, 2, 2),
+        filters=2,
+        kernel_size=(2, 3),
+        strides=(1, 2),
+        output_padding=(0, 1),
+    )
+    yield case(
+        "same-op10-first",
+        "Conv2DTranspose",
+        (2, 2, 3, 2),
+        filters=3,
+        kernel_size=(3, 2),
+        strides=2,
+        padding="same",
+        output_padding=(1, 0),
+        data_format="channels_first",
+    )
     yield case(
         "valid-d12", "Conv2DTranspose", (1, 3, 3, 2), filters=2, kernel_size=2, dilation_rate=(1, 2), use_bias=False
     )
     yield case("valid-s32", "Conv3DTranspose", (1, 2, 2, 2, 2), filters=2, kernel_size=(2, 1, 3), strides=(3, 2, 1))
-    yield case("same-op-first", "Conv3DTranspose", (1, 2, 2, 3, 2), filters=1, kernel_size=(3, 2, 2), strides=2,
-               padding="same", output_padding=(1, 0, 1), data_format="channels_first")  # fmt: skip
+    yield case(
+        "same-op-first",
+        "Conv3DTranspose",
+        (1, 2, 2, 3, 2),
+        filters=1,
+        kernel_size=(3, 2, 2),
+        strides=2,
+        padding="same",
+        output_padding=(1, 0, 1),
+        data_format="channels_first",
+    )
     yield case(
         "same-tanh", "Conv3DTranspose", (1, 2, 2, 2, 1), filters=2, kernel_size=3, padding="same", activation="tanh"
     )
@@ -121,8 +206,16 @@ def depthwise_and_separable():
         ("SeparableConv1D", {"filters": 3}),
     ):
         yield case("m2", layer, (2, 6, 3), kernel_size=3, depth_multiplier=2, **more)
-        yield case("k4-same-s2-first", layer, (1, 3, 7), kernel_size=4, strides=2, padding="same",
-                   data_format="channels_first", **more)  # fmt: skip
+        yield case(
+            "k4-same-s2-first",
+            layer,
+            (1, 3, 7),
+            kernel_size=4,
+            strides=2,
+            padding="same",
+            data_format="channels_first",
+            **more,
+        )
         yield case("s2-d2", layer, (1, 9, 2), kernel_size=3, strides=2, dilation_rate=2, activation="relu", **more)
         yield case("same-s3-d2", layer, (1, 8, 2), kernel_size=2, strides=3, dilation_rate=2, padding="same", **more)
         yield case("batch0", layer, (0, 6, 2), kernel_size=3, **more)
@@ -131,30 +224,87 @@ def depthwise_and_separable():
         ("DepthwiseConv2D", {}),
         ("SeparableConv2D", {"filters": 2, "use_bias": False}),
     ):
-        yield case("m3-same-s21", layer, (1, 4, 5, 2), kernel_size=(2, 3), depth_multiplier=3, strides=(2, 1), padding="same",
-                   **more)  # fmt: skip
-        yield case("first-d12", layer, (1, 2, 4, 6), kernel_size=(2, 3), dilation_rate=(1, 2), activation="tanh",
-                   data_format="channels_first", **more)  # fmt: skip
+        yield case(
+            "m3-same-s21",
+            layer,
+            (1, 4, 5, 2),
+            kernel_size=(2, 3),
+            depth_multiplier=3,
+            strides=(2, 1),
+            padding="same",
+            **more,
+        )
+        yield case(
+            "first-d12",
+            layer,
+            (1, 2, 4, 6),
+            kernel_size=(2, 3),
+            dilation_rate=(1, 2),
+            activation="tanh",
+            data_format="channels_first",
+            **more,
+        )
         yield case("same-s2-d2", layer, (1, 5, 6, 2), kernel_size=2, strides=2, dilation_rate=2, padding="same", **more)
         yield case("batch0", layer, (0, 4, 4, 2), kernel_size=3, **more)
 
 
 def convolutional_lstms():
     yield case("last", "ConvLSTM1D", (2, 3, 5, 2), filters=2, kernel_size=3)
-    yield case("sequence-state-same", "ConvLSTM1D", (1, 3, 4, 2), filters=2, kernel_size=2, padding="same",
-               return_sequences=True, return_state=True)  # fmt: skip
-    yield case("backwards-s2", "ConvLSTM1D", (1, 3, 6, 2), filters=1, kernel_size=2, strides=2, go_backwards=True,
-               return_sequences=True)  # fmt: skip
-    yield case("first-d2-relu", "ConvLSTM1D", (1, 2, 3, 6), filters=2, kernel_size=2, dilation_rate=2, activation="relu",
-               recurrent_activation="hard_sigmoid", data_format="channels_first", return_state=True)  # fmt: skip
+    yield case(
+        "sequence-state-same",
+        "ConvLSTM1D",
+        (1, 3, 4, 2),
+        filters=2,
+        kernel_size=2,
+        padding="same",
+        return_sequences=True,
+        return_state=True,
+    )
+    yield case(
+        "backwards-s2",
+        "ConvLSTM1D",
+        (1, 3, 6, 2),
+        filters=1,
+        kernel_size=2,
+        strides=2,
+        go_backwards=True,
+        return_sequences=True,
+    )
+    yield case(
+        "first-d2-relu",
+        "ConvLSTM1D",
+        (1, 2, 3, 6),
+        filters=2,
+        kernel_size=2,
+        dilation_rate=2,
+        activation="relu",
+        recurrent_activation="hard_sigmoid",
+        data_format="channels_first",
+        return_state=True,
+    )
     yield case(
         "stateful", "ConvLSTM1D", (2, 2, 4, 1), filters=2, kernel_size=2, stateful=True, calls=2, gradients=False
     )
     yield case("t1-no-bias", "ConvLSTM1D", (1, 1, 3, 2), filters=2, kernel_size=3, padding="same", use_bias=False)
-    yield case("same-s2", "ConvLSTM2D", (1, 2, 4, 3, 2), filters=2, kernel_size=(3, 2), padding="same", strides=(2, 1),
-               return_sequences=True)  # fmt: skip
-    yield case("first-state", "ConvLSTM2D", (2, 2, 1, 3, 3), filters=2, kernel_size=2, data_format="channels_first",
-               return_state=True)  # fmt: skip
+    yield case(
+        "same-s2",
+        "ConvLSTM2D",
+        (1, 2, 4, 3, 2),
+        filters=2,
+        kernel_size=(3, 2),
+        padding="same",
+        strides=(2, 1),
+        return_sequences=True,
+    )
+    yield case(
+        "first-state",
+        "ConvLSTM2D",
+        (2, 2, 1, 3, 3),
+        filters=2,
+        kernel_size=2,
+        data_format="channels_first",
+        return_state=True,
+    )
     yield case("batch0", "ConvLSTM2D", (0, 2, 3, 3, 1), filters=1, kernel_size=2)
     yield case("valid", "ConvLSTM3D", (1, 2, 3, 2, 3, 1), filters=1, kernel_size=2, return_sequences=True)
 
@@ -182,8 +332,14 @@ def reshaping():
     for interpolation in ("bilinear", "bicubic"):
         yield case(f"{interpolation}-x2", "UpSampling2D", (1, 2, 2, 1), interpolation=interpolation)
         yield case(f"{interpolation}-x32", "UpSampling2D", (1, 3, 4, 2), size=(3, 2), interpolation=interpolation)
-        yield case(f"{interpolation}-first", "UpSampling2D", (2, 1, 4, 3), size=(1, 4), interpolation=interpolation,
-                   data_format="channels_first")  # fmt: skip
+        yield case(
+            f"{interpolation}-first",
+            "UpSampling2D",
+            (2, 1, 4, 3),
+            size=(1, 4),
+            interpolation=interpolation,
+            data_format="channels_first",
+        )
     yield case("first", "UpSampling3D", (1, 2, 2, 1, 3), size=(2, 3, 1), data_format="channels_first")
     yield case("default", "UpSampling3D", (1, 1, 2, 2, 2))
 
@@ -191,8 +347,14 @@ def reshaping():
 def without_torch():
     for interpolation in ("lanczos3", "lanczos5"):
         yield case(f"{interpolation}-x2", "UpSampling2D", (1, 4, 7, 1), interpolation=interpolation)
-        yield case(f"{interpolation}-x32-first", "UpSampling2D", (2, 1, 3, 12), size=(3, 2), interpolation=interpolation,
-                   data_format="channels_first")  # fmt: skip
+        yield case(
+            f"{interpolation}-x32-first",
+            "UpSampling2D",
+            (2, 1, 3, 12),
+            size=(3, 2),
+            interpolation=interpolation,
+            data_format="channels_first",
+        )
         yield case(f"{interpolation}-x41-small", "UpSampling2D", (1, 1, 2, 2), size=(4, 1), interpolation=interpolation)
 
 
@@ -203,8 +365,15 @@ def refused():
     yield case("kernel-wrong-length", "Conv2D", (1, 5, 5, 2), filters=1, kernel_size=(2, 2, 2))
     yield case("strides0", "Conv1D", (1, 5, 2), filters=1, kernel_size=2, strides=0)
     yield case("strides-and-dilation", "Conv1D", (1, 9, 2), filters=1, kernel_size=2, strides=2, dilation_rate=2)
-    yield case("strides-and-dilation-other-axis", "Conv2D", (1, 9, 9, 2), filters=1, kernel_size=2, strides=(2, 1),
-               dilation_rate=(1, 2))  # fmt: skip
+    yield case(
+        "strides-and-dilation-other-axis",
+        "Conv2D",
+        (1, 9, 9, 2),
+        filters=1,
+        kernel_size=2,
+        strides=(2, 1),
+        dilation_rate=(1, 2),
+    )
     yield case(
         "strides-and-dilation", "Conv1DTranspose", (1, 9, 2), filters=1, kernel_size=2, strides=2, dilation_rate=2
     )
