@@ -1,0 +1,324 @@
+"""Runs CUDA kernels on the processor: the PTX that NVRTC makes of them, on NumPy arrays, under a detector.
+
+    module = Module(compile_ptx(Path("kernel.cu"), "sm_80", {"BP": 64}))
+    module.launch("kernel", (4,), (128,), (x, y, np.int32(n)), mode="trace", seed=1)
+
+Mode "plain" computes and checks bounds, barriers and time. Mode "trace" also finds races within and between blocks,
+uninitialised reads and reads of copies that are still under way, and counts memory transactions. A launch that has
+something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector).
+
+Not there, and an error: functions that are not inlined, single-byte accesses to global and shared memory, textures,
+clusters, tensor-memory copies, wgmma. Flags passed between threads through memory, without a barrier, order nothing for
+the detector.
+"""
+
+import ctypes
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import build, nvrtc
+from .nvrtc import CompileError, compile_ptx
+from .opcodes import UnsupportedError
+from .ptx import PtxError, parse
+from .translate import Translation, translate
+
+__all__ = [
+    "CompileError",
+    "EmulationError",
+    "Launch",
+    "Module",
+    "PtxError",
+    "Report",
+    "Traffic",
+    "UnsupportedError",
+    "compile_ptx",
+    "missing",
+]
+
+GUARD = 4096  # bytes between arrays, so that one index too many hits nothing
+ALIGNMENT = 512  # bytes, what device allocators give
+IN_PLACE = 1 << 28  # bytes from which an array is not copied; sparse arrays can be larger than memory
+
+
+def missing() -> str | None:
+    """Why the emulator cannot work here, or None."""
+    return nvrtc.missing() or build.missing()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Something wrong, at its first occurrence."""
+
+    kind: str  # race bounds uninitialised pending divergence deadlock hang alignment read-only barrier trap launch
+    place: str
+    text: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.place}: {self.text}" + (f" ({self.count} times)" if self.count > 1 else "")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one instruction moved, and the fewest 32-byte sectors or shared-memory wavefronts it could have taken.
+
+    Lanes form a request by how often each has executed the instruction since the last barrier of the block.
+    """
+
+    place: str
+    line: int | None
+    instruction: str
+    space: str
+    requests: int
+    bytes: int
+    sectors: int
+    least_sectors: int
+    wavefronts: int
+    least_wavefronts: int
+
+    @property
+    def bank_conflicts(self) -> int:
+        """Wavefronts more than needed."""
+        return self.wavefronts - self.least_wavefronts
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch reported and, in mode "trace", what each instruction moved."""
+
+    reports: list[Report] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+
+
+class EmulationError(RuntimeError):
+    """A launch had something to report."""
+
+    def __init__(self, kernel: str, launch: Launch):
+        super().__init__("\n".join([f"{kernel}: {len(launch.reports)} reports", *map(str, launch.reports)]))
+        self.reports = launch.reports
+
+
+class _Extent(ctypes.Structure):
+    """Mirrors Extent of runtime.h."""
+
+    _fields_ = (
+        ("low", ctypes.c_uint64),
+        ("high", ctypes.c_uint64),
+        ("shadow", ctypes.c_uint64),
+        ("argument", ctypes.c_int),
+        ("writable", ctypes.c_uint8),
+        ("initialised", ctypes.c_uint8),
+    )
+
+
+class _Request(ctypes.Structure):
+    """Mirrors Request of runtime.cpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_uint32),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("parameters", ctypes.c_void_p),
+        ("extents", ctypes.POINTER(_Extent)),
+        ("extent_count", ctypes.c_uint64),
+        ("shadow_cells", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
+        ("timeout", ctypes.c_double),
+    )
+
+
+def _root(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+class _Memory:
+    """The global memory of one launch: copies of the argument arrays with guards between them.
+
+    Arrays that share memory are copied as the one array that they are views of, so they share it here too.
+    """
+
+    def __init__(self, arrays: dict[int, list[np.ndarray]], uninitialised: Sequence[int]):
+        spans = {}  # address of the array that owns memory -> (bytes, offset in the arena or None, first shadow cell)
+        size = cells = 0
+        for array in (array for group in arrays.values() for array in group):
+            low, high = np.lib.array_utils.byte_bounds(_root(array))
+            if low in spans:
+                continue
+            copied = high - low < IN_PLACE
+            spans[low] = (high - low, size + GUARD if copied else None, cells)
+            if copied:
+                size = math.ceil((size + GUARD + high - low) / ALIGNMENT) * ALIGNMENT
+            cells += (high - low) // 2 + 1
+        self.cells = cells
+        self.spans = spans
+        self.arena = ctypes.create_string_buffer(size + GUARD + ALIGNMENT)
+        self.base = math.ceil(ctypes.addressof(self.arena) / ALIGNMENT) * ALIGNMENT
+        self.written = set()
+        extents = []
+        for argument, group in arrays.items():
+            for array in group:
+                low, high = np.lib.array_utils.byte_bounds(array)
+                start = np.lib.array_utils.byte_bounds(_root(array))[0]
+                move = self._move(start)
+                shadow = spans[start][2] + (low - start) // 2
+                initialised = argument not in uninitialised
+                extents.append(_Extent(low + move, high + move, shadow, argument, array.flags.writeable, initialised))
+                if array.flags.writeable:
+                    self.written.add(start)
+        self.extents = (_Extent * len(extents))(*extents)
+        for start, (length, offset, _) in spans.items():
+            if offset is not None:
+                ctypes.memmove(self.base + offset, start, length)
+
+    def _move(self, start: int) -> int:
+        offset = self.spans[start][1]
+        return 0 if offset is None else self.base + offset - start
+
+    def address(self, array: np.ndarray) -> int:
+        """Where the first element of an array is during the launch."""
+        return array.ctypes.data + self._move(np.lib.array_utils.byte_bounds(_root(array))[0])
+
+    def copy_back(self) -> None:
+        """Brings what the kernel wrote to the arrays."""
+        for start in self.written:
+            length, offset, _ = self.spans[start]
+            if offset is not None:
+                ctypes.memmove(start, self.base + offset, length)
+
+
+def _arrays(value: Any) -> list[np.ndarray]:
+    if isinstance(value, np.ndarray):
+        return [value]
+    return [array for item in value for array in _arrays(item)] if isinstance(value, tuple) else []
+
+
+def _pack(value: Any, memory: _Memory) -> tuple[bytes, int]:
+    """Bytes and alignment of an argument; a tuple is a structure of its items, laid out as in C."""
+    if isinstance(value, np.ndarray):
+        return struct.pack("<Q", memory.address(value)), 8
+    if value is None:
+        return bytes(8), 8
+    if isinstance(value, np.void):
+        return value.tobytes(), 1
+    if isinstance(value, np.generic):
+        return value.tobytes(), value.nbytes
+    if isinstance(value, ctypes.Structure):
+        return bytes(value), ctypes.alignment(type(value))
+    if isinstance(value, tuple):
+        data, alignment = b"", 1
+        for item in value:
+            part, align = _pack(item, memory)
+            data = data.ljust(math.ceil(len(data) / align) * align, b"\0") + part
+            alignment = max(alignment, align)
+        return data.ljust(math.ceil(len(data) / alignment) * alignment, b"\0"), alignment
+    raise TypeError(f"an argument is an array, a NumPy scalar, a structure, a tuple or None. Received: {value!r}")
+
+
+class Module:
+    """The kernels of a PTX text."""
+
+    def __init__(self, ptx: str):
+        self.translation: Translation = translate(parse(ptx))
+        self._libraries: dict[str, ctypes.CDLL] = {}
+
+    def _library(self, mode: str) -> ctypes.CDLL:
+        if mode not in build.MODES:
+            raise ValueError(f"`mode` must be one of {', '.join(build.MODES)}. Received: mode={mode!r}")
+        if mode not in self._libraries:
+            library = ctypes.CDLL(str(build.library(self.translation.code, mode)))
+            library.emulator_launch.restype = ctypes.c_char_p
+            self._libraries[mode] = library
+        return self._libraries[mode]
+
+    def launch(
+        self,
+        name: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        shared_bytes: int = 0,
+        mode: str = "plain",
+        seed: int = 0,
+        *,
+        timeout: float = 60.0,
+        uninitialised: Sequence[int] = (),
+        check: bool = True,
+    ) -> Launch:
+        """Reports and counters of one launch; arrays are written in place.
+
+        Args:
+            args: arrays (passed as pointers, any strides), NumPy scalars, None for a null pointer, and for structures
+                passed by value a tuple of these, a `np.void` or a `ctypes.Structure`.
+            shared_bytes: dynamic shared memory.
+            seed: order of blocks, warps and lanes, and the moment asynchronous copies land; 0 is ascending and latest.
+            timeout: seconds until the watchdog ends the launch.
+            uninitialised: indices of the arguments that must be written before they are read.
+            check: raise when there is something to report.
+
+        Raises:
+            EmulationError: with the reports, unless `check` is false.
+        """
+        grid, block = (tuple(map(int, size)) + (1,) * (3 - len(size)) for size in (grid, block))
+        if not (0 < math.prod(block) <= 1024 and block[2] <= 64):
+            raise ValueError(f"`block` must have 1 to 1024 threads, at most 64 on z. Received: block={block}")
+        if not (0 < grid[0] < 2**31 and 0 < grid[1] < 2**16 and 0 < grid[2] < 2**16):
+            raise ValueError(f"`grid` must be within 2147483647 x 65535 x 65535. Received: grid={grid}")
+        if name not in self.translation.kernels:
+            names = ", ".join(self.translation.kernels)
+            raise ValueError(f"`name` must be a kernel of the module: {names}. Received: name={name!r}")
+        memory = _Memory({i: _arrays(value) for i, value in enumerate(args)}, uninitialised)
+        request = _Request(
+            list(self.translation.kernels).index(name),
+            grid,
+            block,
+            shared_bytes,
+            None,
+            memory.extents,
+            len(memory.extents),
+            memory.cells,
+            seed,
+            timeout,
+        )
+        parameters = self._parameters(name, args, memory)
+        request.parameters = ctypes.addressof(parameters)
+        text = self._library(mode).emulator_launch(ctypes.byref(request)).decode()
+        memory.copy_back()
+        launch = self._read(text)
+        if check and launch.reports:
+            raise EmulationError(name, launch)
+        return launch
+
+    def _parameters(self, name: str, args: Sequence[Any], memory: _Memory) -> ctypes.Array:
+        expected = self.translation.kernels[name]
+        if len(args) != len(expected):
+            raise TypeError(f"{name} takes {len(expected)} arguments. Received: {len(args)}")
+        end = expected[-1].offset + expected[-1].size if expected else 1
+        data = bytearray(end)
+        for index, (value, parameter) in enumerate(zip(args, expected)):
+            packed, _ = _pack(value, memory)
+            if len(packed) != parameter.size:
+                raise TypeError(f"argument {index} of {name} has {parameter.size} bytes. Received: {len(packed)} bytes")
+            data[parameter.offset : parameter.offset + parameter.size] = packed
+        return ctypes.create_string_buffer(bytes(data), end)
+
+    def _read(self, text: str) -> Launch:
+        launch = Launch()
+        for line in text.splitlines():
+            row, *fields = line.split("\t")
+            if row == "report":
+                kind, site, count, message = fields
+                launch.reports.append(Report(kind, str(self.translation.place(int(site))), message, int(count)))
+            else:
+                instruction = self.translation.sites[int(fields[0])]
+                place, numbers = self.translation.place(int(fields[0])), map(int, fields[2:])
+                line_number = getattr(place, "line", None)
+                launch.traffic.append(Traffic(str(place), line_number, str(instruction), fields[1], *numbers))
+        return launch

@@ -1,0 +1,827 @@
+// runtime.cpp -- fibers, scheduling, memory, the detector and the counters.
+//
+// Blocks run one after the other; within a block, a thread runs until it waits for others. The seed sets the order of
+// blocks, warps and lanes and the moment an asynchronous copy lands; seed 0 is ascending order and the latest moment.
+//
+// The detector keeps a vector clock for each thread and, for every two bytes of memory, who wrote last and two of those
+// who read since. Two accesses race when one writes, they are not both atomic or strong, and no barrier orders them;
+// nothing orders two blocks.
+
+#include "collectives.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdarg>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <sys/mman.h>
+#include <tuple>
+#include <vector>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+
+constexpr u32 SHARED_LIMIT = 227 * 1024;  // bytes a block may have
+constexpr u32 REDZONE = 1024;             // bytes behind the dynamic array, as the translator leaves between others
+constexpr u32 PENDING = 0xffffffffu;      // clock of a write whose asynchronous copy has not been waited for
+constexpr u32 CELL = 2;                   // bytes of memory that share a shadow cell
+
+Index ctaid, ntid, nctaid;
+u32 dynamic_shared_bytes, branches, shared_size;
+Extent* last_extent;
+u8 *shared_memory, *shared_valid;
+
+// ---- state ------------------------------------------------------------------------------------------------------
+
+enum State { READY, AT_BARRIER, AT_MEETING, AT_MBARRIER, DONE };
+
+struct Copy {
+  u8* to;
+  const u8* from;  // null: the source was out of bounds
+  u32 bytes, source_bytes, shared;
+  bool landed;
+};
+struct Logged {
+  u32 counter;                             // index in `traffic`
+  u64 address;
+  u32 bytes;
+};
+struct Fiber {
+  Thread thread;
+#ifdef __x86_64__
+  void* stack_pointer;
+#else
+  ucontext_t context;
+#endif
+  u8* stack;
+  State state;
+  int site;                                // where it waits
+  u32 id, reduced, waits_for;               // number of the barrier, or address of the mbarrier
+  u64 phase;
+  std::vector<Copy> open;                  // copies since the last commit
+  std::vector<std::vector<Copy>> groups;   // committed, oldest first
+  std::vector<Logged> log;
+};
+struct Barrier {
+  u32 arrived, expected, popc, all, any;
+  int site;
+  std::vector<u32> clock;
+};
+struct Mbarrier {
+  u32 count, pending;
+  u64 phase;
+  std::vector<u32> clock;
+};
+struct Cell {
+  u32 write_block, write_clock, read_block[2], read_clock[2];
+  u16 writer, reader[2];
+  u8 strong_write, strong_read[2], written;
+};
+struct Report {
+  std::string kind, text;
+  int site;
+  u64 count;
+};
+struct Traffic {
+  u64 requests, bytes, sectors, least_sectors, wavefronts, least_wavefronts;
+};
+
+static std::vector<Fiber> fibers;
+static std::vector<std::array<Meeting, 32>> meetings;  // by warp; arrived == 0: free
+static std::array<Barrier, 16> barriers;
+static std::map<u32, Mbarrier> mbarriers;
+static std::vector<Extent> extents, hints;
+static std::vector<u8> shared_flags;
+static std::vector<u32> clocks;                        // [thread, thread]
+static std::vector<Cell> shared_cells;
+static Cell* global_cells;
+static std::vector<Report> reports;
+static std::vector<Traffic> traffic;                   // two a site: global, shared
+static const KernelInfo* kernel;
+static const u8* parameters;
+static Fiber* running;
+static u32 threads, live, block_number, stack_bytes;
+static bool aborted, random_order;
+static bool turn_over;                                 // other warps go first, this one may be waiting for them
+static u64 random_state;
+static double time_limit;
+static std::chrono::steady_clock::time_point start;
+
+static u32 random_below(u32 n) {
+  random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+  return u32((random_state >> 11) % n);
+}
+
+// ---- reports ----------------------------------------------------------------------------------------------------
+
+__attribute__((format(printf, 4, 5))) static void report(const char* kind, int site, const Thread* thread,
+                                                         const char* format, ...) {
+  for (Report& r : reports)
+    if (r.site == site && r.kind == kind) {
+      r.count++;
+      return;
+    }
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  int length = std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  if (thread && length < int(sizeof text))
+    std::snprintf(text + length, sizeof text - length, "; thread (%u, %u, %u) of block (%u, %u, %u)", thread->tid.x,
+                  thread->tid.y, thread->tid.z, ctaid.x, ctaid.y, ctaid.z);
+  reports.push_back({kind, text, site, 1});
+}
+
+// ---- fibers -----------------------------------------------------------------------------------------------------
+
+#ifdef __x86_64__
+static void* scheduler_stack_pointer;
+extern "C" void emulator_switch(void** save, void* to);
+asm(R"(
+.text
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+static void to_scheduler() { emulator_switch(&running->stack_pointer, scheduler_stack_pointer); }
+static void to_fiber() { emulator_switch(&scheduler_stack_pointer, running->stack_pointer); }
+static void prepare(Fiber& f, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(f.stack + stack_bytes - 64);  // 16-byte aligned at the call of `entry`
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  f.stack_pointer = top - 6;  // the six saved registers
+}
+#else
+static ucontext_t scheduler_context;
+static void to_scheduler() { swapcontext(&running->context, &scheduler_context); }
+static void to_fiber() { swapcontext(&scheduler_context, &running->context); }
+static void prepare(Fiber& f, void (*entry)()) {
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack;
+  f.context.uc_stack.ss_size = stack_bytes;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, entry, 0);
+}
+#endif
+
+static void wait(State state, int site) {
+  running->state = state;
+  running->site = site;
+  to_scheduler();
+}
+
+// Ends the launch. The fiber is never resumed, so nothing on its stack may need a destructor.
+[[noreturn]] static void abort_launch() {
+  aborted = true;
+  to_scheduler();
+  __builtin_unreachable();
+}
+
+void trap(Thread& self, int site) {
+  report("trap", site, &self, "the kernel executed trap");
+  abort_launch();
+}
+
+static bool out_of_time(int site, const Thread* self) {
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (seconds > time_limit) report("hang", site, self, "still running after %.3g s", time_limit);
+  return seconds > time_limit;
+}
+
+void watch(Thread& self, int site) {
+  if (out_of_time(site, &self)) abort_launch();
+  turn_over = true;
+  wait(READY, site);
+}
+
+// ---- clocks -----------------------------------------------------------------------------------------------------
+
+static u32* clock_of(u32 thread) { return &clocks[u64(thread) * threads]; }
+static void join(u32* into, const u32* from) {
+  for (u32 i = 0; i < threads; i++) into[i] = std::max(into[i], from[i]);
+}
+static void publish(u32 thread, std::vector<u32>& to) {
+  if (!TRACE) return;
+  join(to.data(), clock_of(thread));
+  clock_of(thread)[thread]++;
+}
+static void receive(u32 thread, const std::vector<u32>& from) {
+  if (TRACE) join(clock_of(thread), from.data());
+}
+
+// ---- the detector -----------------------------------------------------------------------------------------------
+
+static bool unordered(const Thread& self, u32 block, u32 clock, u32 other) {
+  if (clock == 0) return false;
+  return block != block_number || clock == PENDING || (other != self.id && clock_of(self.id)[other] < clock);
+}
+
+static void check(Thread& self, int site, Cell& c, Kind kind, bool initialised, const char* where) {
+  const bool writes = kind != READ && kind != STRONG_READ, reads = !writes || kind == ATOMIC;
+  const bool strong = kind == ATOMIC || kind == STRONG_READ || kind == STRONG_WRITE;
+  if (!(strong && c.strong_write) && unordered(self, c.write_block, c.write_clock, c.writer)) {
+    if (c.write_clock == PENDING && c.write_block == block_number)
+      report("pending", site, &self, "%s %s before the copy that thread %u started was waited for",
+             writes ? "write to" : "read of", where, c.writer);
+    else
+      report("race", site, &self, "%s %s races with a write by thread %u of block %u", writes ? "write to" : "read of",
+             where, c.writer, c.write_block - 1);
+  }
+  if (reads && !initialised && !c.written) report("uninitialised", site, &self, "read of %s, never written", where);
+  if (writes) {
+    for (int i = 0; i < 2; i++)
+      if (!(strong && c.strong_read[i]) && unordered(self, c.read_block[i], c.read_clock[i], c.reader[i]))
+        report("race", site, &self, "write to %s races with a read by thread %u of block %u", where, c.reader[i],
+               c.read_block[i] - 1);
+    c.write_block = block_number;
+    c.write_clock = kind == ASYNC_WRITE ? PENDING : clock_of(self.id)[self.id];
+    c.writer = u16(self.id);
+    c.strong_write = strong;
+    c.written = 1;
+  } else {
+    // A read that this one is ordered after can be forgotten: what races with it races with this one too.
+    int slot = 0;
+    while (slot < 2 && unordered(self, c.read_block[slot], c.read_clock[slot], c.reader[slot])) slot++;
+    if (slot == 2) slot = int(random_below(2));
+    c.read_block[slot] = block_number;
+    c.read_clock[slot] = clock_of(self.id)[self.id];
+    c.reader[slot] = u16(self.id);
+    c.strong_read[slot] = strong;
+  }
+}
+
+// ---- the counters -----------------------------------------------------------------------------------------------
+
+// One instruction, executed once by lanes of a warp.
+static void count_request(const Logged* first, const Logged* last) {
+  Traffic& t = traffic[first->counter];
+  const u32 bytes = first->bytes, lanes = u32(last - first);
+  t.requests++;
+  t.bytes += u64(bytes) * lanes;
+  if (first->counter % 2) {
+    const u32 together = bytes <= 4 ? 32 : std::max(1u, 128 / bytes);  // lanes served at once: 128 bytes
+    for (u32 i = 0; i < lanes; i += together) {
+      std::vector<u64> words;
+      for (u32 j = i; j < std::min(lanes, i + together); j++)
+        for (u64 w = first[j].address / 4; w <= (first[j].address + bytes - 1) / 4; w++) words.push_back(w);
+      std::sort(words.begin(), words.end());
+      words.erase(std::unique(words.begin(), words.end()), words.end());
+      u32 in_bank[32] = {}, most = 1;
+      for (u64 w : words) most = std::max(most, ++in_bank[w % 32]);
+      t.wavefronts += most;
+      t.least_wavefronts++;
+    }
+  } else {
+    std::vector<u64> sectors, elements;
+    for (const Logged* l = first; l != last; l++) {
+      elements.push_back(l->address);
+      for (u64 s = l->address / 32; s <= (l->address + bytes - 1) / 32; s++) sectors.push_back(s);
+    }
+    for (auto* v : {&sectors, &elements}) {
+      std::sort(v->begin(), v->end());
+      v->erase(std::unique(v->begin(), v->end()), v->end());
+    }
+    t.sectors += sectors.size();
+    t.least_sectors += (elements.size() * bytes + 31) / 32;
+  }
+}
+
+// Lanes meet in a request by the count of how often each has executed the instruction since the last flush.
+static void flush_counters() {
+  if (!TRACE) return;
+  using Key = std::tuple<u32, u32, u32>;  // counter, how often before, lane
+  for (u32 warp = 0; warp * 32 < threads; warp++) {
+    std::vector<std::pair<Key, Logged>> all;
+    for (u32 i = warp * 32; i < std::min(threads, warp * 32 + 32); i++) {
+      std::map<u32, u32> before;
+      for (const Logged& l : fibers[i].log) all.push_back({{l.counter, before[l.counter]++, i}, l});
+      fibers[i].log.clear();
+    }
+    std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::vector<Logged> request;
+    for (size_t i = 0; i < all.size(); i++) {
+      request.push_back(all[i].second);
+      const bool last = i + 1 == all.size() || std::get<0>(all[i].first) != std::get<0>(all[i + 1].first) ||
+                        std::get<1>(all[i].first) != std::get<1>(all[i + 1].first);
+      if (!last) continue;
+      count_request(request.data(), request.data() + request.size());
+      request.clear();
+    }
+  }
+}
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+
+static void trace(Thread& self, int site, Space space, Cell* cells, u64 address, u32 bytes, Kind kind, bool initialised,
+                  const char* where) {
+  for (u64 i = 0; i <= (bytes - 1) / CELL; i++) check(self, site, cells[i], kind, initialised, where);
+  self.fiber->log.push_back({2 * u32(site) + (space == SHARED), address, bytes});
+}
+
+static const char* name_of(Kind kind) { return kind == READ || kind == STRONG_READ ? "read" : "write"; }
+
+static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) {
+  bool valid = u64(at) + bytes <= shared_size;
+  for (u32 i = 0; valid && i < bytes; i++) valid = shared_valid[at + i];
+  if (!valid) {
+    long nearest = 1l << 40;
+    u32 array = 0;
+    const auto distance = [&](u32 low, u32 size, u32 index) {
+      const long d = long(at) - (at >= low ? long(low + size) : long(low));
+      if (std::labs(d) < std::labs(nearest)) nearest = d, array = index;
+    };
+    for (u32 i = 0; i < kernel->array_count; i++) distance(kernel->arrays[i].offset, kernel->arrays[i].size, i);
+    distance(kernel->dynamic_offset, dynamic_shared_bytes, kernel->array_count);
+    report("bounds", site, &self, "%s of %u bytes, %ld bytes %s shared array %u%s", name_of(kind), bytes,
+           std::labs(nearest), nearest < 0 ? "before" : "past the end of", array,
+           array == kernel->array_count ? " (dynamic)" : "");
+    return nullptr;
+  }
+  if (TRACE) trace(self, site, SHARED, &shared_cells[at / CELL], at, bytes, kind, false, "shared memory");
+  return shared_memory + at;
+}
+
+struct Name {
+  char text[24];
+};
+static Name name_of(const Extent& e) {
+  Name n{"a module variable"};
+  if (e.argument >= 0) std::snprintf(n.text, sizeof n.text, "argument %d", e.argument);
+  return n;
+}
+
+static u8* resolve_global(Thread& self, int site, u64 address, u32 bytes, Kind kind) {
+  const bool reads = kind == READ || kind == STRONG_READ;
+  const auto holds = [&](const Extent& e) {
+    return address >= e.low && address + bytes <= e.high && (reads || e.writable);
+  };
+  if (!holds(last_extent[site])) {
+    const auto found = std::find_if(extents.begin(), extents.end(), holds);
+    if (found == extents.end()) {
+      for (const Extent& e : extents)
+        if (address >= e.low && address + bytes <= e.high) {
+          report("read-only", site, &self, "write to %s, which is read-only", name_of(e).text);
+          return nullptr;
+        }
+      long nearest = std::numeric_limits<long>::max();
+      Name name{"anything"};
+      for (const Extent& e : extents) {
+        const long d = address >= e.high ? long(address - e.high) : address < e.low ? long(address - e.low) : 0;
+        if (std::labs(d) < std::labs(nearest)) nearest = d, name = name_of(e);
+      }
+      report("bounds", site, &self, "%s of %u bytes, %ld bytes %s %s", name_of(kind), bytes, std::labs(nearest),
+             nearest < 0 ? "before" : "past the end of", name.text);
+      return nullptr;
+    }
+    last_extent[site] = *found;
+  }
+  const Extent& e = last_extent[site];
+  if (TRACE) {
+    Cell* cells = global_cells + e.shadow + (address - e.low) / CELL;
+    trace(self, site, GLOBAL, cells, address, bytes, kind, e.initialised, name_of(e).text);
+  }
+  return reinterpret_cast<u8*>(address);
+}
+
+static bool aligned(Thread& self, int site, u64 address, u32 bytes) {
+  if (address % bytes == 0) return true;
+  report("alignment", site, &self, "address is no multiple of %u bytes", bytes);
+  return false;
+}
+
+u8* resolve(Thread& self, int site, Space space, u64 address, u32 bytes, Kind kind) {
+  const u64 stack = u64(self.fiber->stack);
+  const bool on_stack = address >= stack && address + bytes <= stack + stack_bytes;
+  if (space == GENERIC) {
+    const u64 offset = shared_from_generic(address);
+    if (offset < shared_size) space = SHARED, address = offset;
+    else space = on_stack ? LOCAL : GLOBAL;
+  }
+  if (!aligned(self, site, address, bytes)) return nullptr;
+  if (space == SHARED) return resolve_shared(self, site, u32(address), bytes, kind);
+  if (space == GLOBAL) return resolve_global(self, site, address, bytes, kind);
+  if (on_stack) return reinterpret_cast<u8*>(address);
+  report("bounds", site, &self, "%s of %u bytes outside of local memory", name_of(kind), bytes);
+  return nullptr;
+}
+
+// ---- barriers and meetings --------------------------------------------------------------------------------------
+
+static void release(Barrier& b) {
+  for (Fiber& f : fibers) {
+    if (f.state != AT_BARRIER || f.waits_for != u32(&b - barriers.data())) continue;
+    f.state = READY;
+    f.reduced = b.popc | b.all << 16 | b.any << 17;
+    receive(f.id, b.clock);
+  }
+  if (b.expected == 0) flush_counters();
+  b.arrived = 0;
+}
+
+// A barrier of the whole block opens when all threads that are left have arrived; that some had exited is reported.
+static bool complete(const Barrier& b) {
+  if (b.expected) return b.arrived >= b.expected;
+  if (b.arrived < live) return false;
+  if (live < threads)
+    report("divergence", b.site, nullptr, "%u threads wait at the barrier, %u have exited; block (%u, %u, %u)", live,
+           threads - live, ctaid.x, ctaid.y, ctaid.z);
+  return true;
+}
+
+u32 barrier(Thread& self, int site, u32 id, u32 count, bool waits, Reduction reduction, u32 value) {
+  if (id >= barriers.size() || count % 32 || count > threads) {
+    report("barrier", site, &self, "barrier %u of %u threads is not possible in a block of %u", id, count, threads);
+    abort_launch();
+  }
+  Barrier& b = barriers[id];
+  if (b.arrived == 0) {
+    b.expected = count, b.site = site, b.popc = b.any = 0, b.all = 1;
+    if (TRACE) b.clock.assign(threads, 0);
+  } else if (b.expected != count || (count == 0 && b.site != site)) {
+    report("divergence", site, &self, "threads of one block wait at two different barriers");
+  }
+  b.arrived++, b.popc += value != 0, b.all &= value != 0, b.any |= value != 0;
+  publish(self.id, b.clock);
+  if (waits) self.fiber->waits_for = id, self.fiber->state = AT_BARRIER;
+  if (complete(b)) release(b);
+  if (!waits) return 0;
+  if (self.fiber->state == AT_BARRIER) wait(AT_BARRIER, site);
+  const u32 r = self.fiber->reduced;
+  return reduction == POPC ? r & 0xffff : reduction == AND ? r >> 16 & 1 : r >> 17;
+}
+
+void leave(Thread& self) {
+  self.fiber->state = DONE;
+  live--;
+  for (Barrier& b : barriers)
+    if (b.arrived && b.expected == 0 && live && complete(b)) release(b);
+  to_scheduler();
+  __builtin_unreachable();
+}
+
+u32 active_mask(Thread& self) {
+  u32 mask = 0;
+  for (u32 l = 0; l < 32; l++) {
+    const u32 i = self.warp * 32 + l;
+    if (i < threads && fibers[i].state != DONE) mask |= 1u << l;
+  }
+  return mask;
+}
+
+void meet(Thread& self, int site, u32 mask, const void* in, void* out, Combine combine, bool orders_memory) {
+  if (!(mask >> self.lane & 1)) {
+    report("divergence", site, &self, "the mask 0x%08x does not name the lane that executes", mask);
+    abort_launch();
+  }
+  Meeting* m = nullptr;
+  for (Meeting& each : meetings[self.warp])
+    if (each.arrived && each.mask == mask) m = &each;
+  if (!m) {
+    for (Meeting& each : meetings[self.warp])
+      if (!each.arrived) m = &each;
+    m->mask = mask, m->site = site;
+  } else if (m->site != site) {
+    report("divergence", site, &self, "lanes of one warp execute different instructions together");
+    abort_launch();
+  }
+  m->arrived |= 1u << self.lane;
+  m->threads[self.lane] = &self, m->in[self.lane] = in, m->out[self.lane] = out;
+  if (m->arrived != mask) return wait(AT_MEETING, site);
+  combine(*m);
+  if (orders_memory && TRACE) {
+    static std::vector<u32> clock;
+    clock.assign(threads, 0);
+    for (u32 l = 0; l < 32; l++)
+      if (mask >> l & 1) publish(m->threads[l]->id, clock);
+    for (u32 l = 0; l < 32; l++)
+      if (mask >> l & 1) receive(m->threads[l]->id, clock);
+  }
+  for (u32 l = 0; l < 32; l++)
+    if (mask >> l & 1) m->threads[l]->fiber->state = READY;
+  m->arrived = 0;
+}
+
+// ---- asynchronous copies ----------------------------------------------------------------------------------------
+
+static void land(Copy& c) {
+  if (c.landed) return;
+  const u32 n = c.from ? c.source_bytes : 0;
+  if (n) std::memcpy(c.to, c.from, n);
+  std::memset(c.to + n, 0, c.bytes - n);
+  c.landed = true;
+}
+
+void copy_async(Thread& self, int site, u64 shared, u64 global, u32 bytes, u32 source_bytes) {
+  if (!aligned(self, site, global, bytes) || !aligned(self, site, shared, bytes)) return;
+  if (source_bytes > bytes) {
+    report("bounds", site, &self, "copy of %u bytes from a source of %u", bytes, source_bytes);
+    return;
+  }
+  Copy c{nullptr, nullptr, bytes, source_bytes, u32(shared), false};
+  if (source_bytes) c.from = resolve_global(self, site, global, source_bytes, READ);
+  c.to = resolve_shared(self, site, c.shared, bytes, ASYNC_WRITE);
+  if (!c.to) return;
+  if (random_order && random_below(2)) land(c);
+  self.fiber->open.push_back(c);
+}
+
+void commit_group(Thread& self) {
+  self.fiber->groups.push_back(std::move(self.fiber->open));
+  self.fiber->open.clear();
+}
+
+static void finish(Thread& self, std::vector<Copy>& group) {
+  for (Copy& c : group) {
+    land(c);
+    if (!TRACE) continue;
+    for (u32 i = 0; i < c.bytes / CELL; i++) {
+      Cell& cell = shared_cells[c.shared / CELL + i];
+      if (cell.writer == self.id && cell.write_clock == PENDING) cell.write_clock = clock_of(self.id)[self.id];
+    }
+  }
+}
+
+void wait_group(Thread& self, u32 groups_left) {
+  auto& groups = self.fiber->groups;
+  while (groups.size() > groups_left) {
+    finish(self, groups.front());
+    groups.erase(groups.begin());
+  }
+  // Groups that need not be complete may be.
+  if (random_order)
+    for (auto& group : groups)
+      for (Copy& c : group)
+        if (random_below(2)) land(c);
+}
+
+void wait_all(Thread& self) {
+  commit_group(self);
+  wait_group(self, 0);
+}
+
+// ---- mbarriers --------------------------------------------------------------------------------------------------
+
+static Mbarrier& mbarrier_at(Thread& self, int site, u64 address) {
+  const auto found = mbarriers.find(u32(address));
+  if (found == mbarriers.end()) {
+    report("barrier", site, &self, "mbarrier used before it is initialised");
+    abort_launch();
+  }
+  return found->second;
+}
+
+void mbarrier_init(Thread& self, int site, u64 address, u32 count) {
+  if (!access(self, site, SHARED, address, 8, STRONG_WRITE)) abort_launch();
+  mbarriers[u32(address)] = {count, count, 0, std::vector<u32>(threads)};
+}
+
+void mbarrier_invalidate(Thread& self, int site, u64 address) {
+  mbarrier_at(self, site, address);
+  mbarriers.erase(u32(address));
+}
+
+u64 mbarrier_arrive(Thread& self, int site, u64 address, u32 count) {
+  Mbarrier& b = mbarrier_at(self, site, address);
+  if (count > b.pending) {
+    report("barrier", site, &self, "more arrivals at an mbarrier than it was initialised for");
+    abort_launch();
+  }
+  const u64 phase = b.phase;
+  publish(self.id, b.clock);
+  b.pending -= count;
+  if (b.pending == 0) b.phase++, b.pending = b.count;
+  return phase;
+}
+
+static bool passed(u64 current, u64 phase, bool parity) {
+  return parity ? (current & 1) != (phase & 1) : current > phase;
+}
+
+bool mbarrier_test(Thread& self, int site, u64 address, u64 phase, bool parity, bool waits) {
+  if (!passed(mbarrier_at(self, site, address).phase, phase, parity)) {
+    if (waits) {
+      self.fiber->waits_for = u32(address);
+      self.fiber->phase = phase << 1 | parity;
+    }
+    turn_over = true;
+    wait(waits ? AT_MBARRIER : READY, site);
+  }
+  Mbarrier& b = mbarrier_at(self, site, address);
+  if (!passed(b.phase, phase, parity)) return false;
+  receive(self.id, b.clock);
+  return true;
+}
+
+static bool can_run(Fiber& f) {
+  if (f.state == AT_MBARRIER) {
+    const auto found = mbarriers.find(f.waits_for);
+    if (found == mbarriers.end() || passed(found->second.phase, f.phase >> 1, f.phase & 1)) f.state = READY;
+  }
+  return f.state == READY;
+}
+
+// ---- launch -----------------------------------------------------------------------------------------------------
+
+static void run_fiber() {
+  kernel->run(running->thread, parameters);
+  leave(running->thread);
+}
+
+static void shuffle_order(std::vector<u32>& order) {
+  if (!random_order) return;
+  for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[random_below(u32(i))]);
+}
+
+static std::vector<u32> ascending(u32 n) {
+  std::vector<u32> order(n);
+  for (u32 i = 0; i < n; i++) order[i] = i;
+  return order;
+}
+
+static void report_deadlock() {
+  u32 waiting[DONE + 1] = {};
+  int site = -1;
+  for (const Fiber& f : fibers) {
+    waiting[f.state]++;
+    if (f.state != DONE) site = f.site;
+  }
+  report("deadlock", site, nullptr,
+         "%u threads wait at a barrier, %u for lanes of their warp, %u at an mbarrier, %u have exited; "
+         "block (%u, %u, %u)",
+         waiting[AT_BARRIER], waiting[AT_MEETING], waiting[AT_MBARRIER], waiting[DONE], ctaid.x, ctaid.y, ctaid.z);
+}
+
+static void reset_block() {
+  std::memset(shared_memory, 0xff, shared_size);  // NaN in every float type
+  if (TRACE) {
+    clocks.assign(u64(threads) * threads, 0);
+    for (u32 i = 0; i < threads; i++) clock_of(i)[i] = 1;
+    shared_cells.assign(shared_size / CELL + 1, Cell{});
+  }
+  for (Barrier& b : barriers) b.arrived = 0;
+  for (auto& warp : meetings)
+    for (Meeting& m : warp) m.arrived = 0;
+  mbarriers.clear();
+  for (Fiber& f : fibers) {
+    f.state = READY;
+    f.open.clear(), f.groups.clear(), f.log.clear();
+    prepare(f, run_fiber);
+  }
+  live = threads;
+}
+
+static void run_block() {
+  reset_block();
+  std::vector<u32> warps = ascending(u32(meetings.size())), lanes = ascending(32);
+  while (live) {
+    bool any = false;
+    shuffle_order(warps);
+    for (u32 warp : warps) {
+      turn_over = false;
+      for (bool again = true; again && !turn_over;) {
+        again = false;
+        shuffle_order(lanes);
+        for (u32 lane : lanes) {
+          const u32 i = warp * 32 + lane;
+          if (i >= threads || !can_run(fibers[i])) continue;
+          running = &fibers[i];
+          to_fiber();
+          if (aborted) return;
+          any = again = true;
+        }
+        turn_over |= random_order && random_below(4) == 0;
+      }
+    }
+    if (!any) {
+      report_deadlock();
+      aborted = true;
+      return;
+    }
+  }
+  flush_counters();
+}
+
+struct Request {
+  u32 kernel, grid[3], block[3], shared_bytes;
+  const u8* parameters;
+  const Extent* extents;
+  u64 extent_count, shadow_cells, seed;
+  double timeout;
+};
+
+static bool lay_out_shared() {
+  u32 used = dynamic_shared_bytes;
+  for (u32 i = 0; i < kernel->array_count; i++) used += kernel->arrays[i].size;
+  if (used > SHARED_LIMIT) {
+    report("launch", -1, nullptr, "%u bytes of shared memory, %u are possible", used, SHARED_LIMIT);
+    return false;
+  }
+  shared_size = kernel->dynamic_offset + dynamic_shared_bytes + REDZONE;
+  static u8* memory = nullptr;
+  std::free(memory);
+  memory = static_cast<u8*>(std::aligned_alloc(1024, (shared_size + 1023) / 1024 * 1024));
+  shared_memory = memory;
+  shared_flags.assign(shared_size, 0);
+  shared_valid = shared_flags.data();
+  for (u32 i = 0; i < kernel->array_count; i++)
+    std::memset(shared_valid + kernel->arrays[i].offset, 1, kernel->arrays[i].size);
+  std::memset(shared_valid + kernel->dynamic_offset, 1, dynamic_shared_bytes);
+  return true;
+}
+
+static void* map_zeros(u64 bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return p == MAP_FAILED ? nullptr : p;
+}
+
+static void launch(const Request& r) {
+  reports.clear();
+  traffic.assign(2 * site_count, Traffic{});
+  aborted = false, branches = 0;
+  start = std::chrono::steady_clock::now();
+  time_limit = r.timeout;
+  kernel = &kernels[r.kernel];
+  parameters = r.parameters;
+  ntid = {r.block[0], r.block[1], r.block[2]};
+  nctaid = {r.grid[0], r.grid[1], r.grid[2]};
+  threads = ntid.x * ntid.y * ntid.z;
+  dynamic_shared_bytes = r.shared_bytes;
+  random_order = r.seed != 0;
+  random_state = 0x9e3779b97f4a7c15u * (r.seed + 1);
+  if (!lay_out_shared()) return;
+
+  extents.assign(r.extents, r.extents + r.extent_count);
+  u64 cells = r.shadow_cells;
+  for (u32 i = 0; i < module_variable_count; i++) {
+    const ModuleVariable& v = module_variables[i];
+    extents.push_back({u64(v.address), u64(v.address) + v.size, cells, -1, v.writable, 1});
+    cells += v.size / CELL + 1;
+  }
+  hints.assign(site_count, Extent{});
+  last_extent = hints.data();
+
+  stack_bytes = u32(kernel->stack_bytes);
+  u8* stacks = static_cast<u8*>(map_zeros(u64(threads) * stack_bytes));
+  const u64 shadow_bytes = TRACE ? (cells + 1) * sizeof(Cell) : 0;
+  global_cells = TRACE ? static_cast<Cell*>(map_zeros(shadow_bytes)) : nullptr;
+  if (!stacks || (TRACE && !global_cells)) return report("launch", -1, nullptr, "out of memory");
+
+  fibers = std::vector<Fiber>(threads);
+  meetings.resize((threads + 31) / 32);
+  for (u32 i = 0; i < threads; i++) {
+    fibers[i].id = i;
+    fibers[i].stack = stacks + u64(i) * stack_bytes;
+    const Index tid{i % ntid.x, i / ntid.x % ntid.y, i / (ntid.x * ntid.y)};
+    fibers[i].thread = {tid, i, i % 32, i / 32, &fibers[i]};
+  }
+  std::vector<u32> blocks = ascending(nctaid.x * nctaid.y * nctaid.z);
+  shuffle_order(blocks);
+  for (u32 b : blocks) {
+    ctaid = {b % nctaid.x, b / nctaid.x % nctaid.y, b / (nctaid.x * nctaid.y)};
+    block_number = b + 1;
+    if (out_of_time(-1, nullptr)) break;
+    run_block();
+    if (aborted) break;
+  }
+  munmap(stacks, u64(threads) * stack_bytes);
+  if (global_cells) munmap(global_cells, shadow_bytes);
+}
+
+}  // namespace emulator
+
+// Runs a kernel. Returns a line for each report and each instruction that accessed memory, valid until the next launch.
+extern "C" __attribute__((visibility("default"))) const char* emulator_launch(const emulator::Request* request) {
+  using namespace emulator;
+  static std::string text;
+  text.clear();
+  launch(*request);
+  for (const Report& r : reports)
+    text += "report\t" + r.kind + '\t' + std::to_string(r.site) + '\t' + std::to_string(r.count) + '\t' + r.text + '\n';
+  for (u32 i = 0; i < traffic.size(); i++) {
+    const Traffic& t = traffic[i];
+    if (!t.requests) continue;
+    text += "traffic\t" + std::to_string(i / 2) + (i % 2 ? "\tshared" : "\tglobal");
+    for (u64 value : {t.requests, t.bytes, t.sectors, t.least_sectors, t.wavefronts, t.least_wavefronts})
+      text += '\t' + std::to_string(value);
+    text += '\n';
+  }
+  return text.c_str();
+}

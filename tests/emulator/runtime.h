@@ -1,0 +1,152 @@
+// runtime.h -- what a translated kernel calls. One thread of a block is a fiber; runtime.cpp schedules them.
+//
+// Every access and every collective carries its site: the index of its instruction in the module, by which reports
+// and counters are attributed to source lines. TRACE=1 adds the detector and the counters; bounds are checked always,
+// and an access that is out of bounds is reported and not performed (a load gives 0).
+
+#pragma once
+#include "arithmetic.h"
+
+namespace emulator {
+
+struct Index {
+  u32 x, y, z;
+};
+
+struct Fiber;
+struct Thread {
+  Index tid;
+  u32 id, lane, warp;
+  Fiber* fiber;
+};
+extern Index ctaid, ntid, nctaid;
+extern u32 dynamic_shared_bytes;
+
+enum Space { GENERIC, GLOBAL, SHARED, LOCAL };
+// Strong: volatile, relaxed, acquire, release.
+enum Kind { READ, WRITE, ATOMIC, ASYNC_WRITE, STRONG_READ, STRONG_WRITE };
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+
+// The bytes [low, high) that an argument or a module variable may be accessed in.
+struct Extent {
+  u64 low, high;
+  u64 shadow;        // index of the first shadow cell
+  int argument;      // -1: a variable of the module
+  u8 writable, initialised;
+};
+extern Extent* last_extent;  // by site: where its previous access went, most often the right one again
+extern u8* shared_memory;
+extern u8* shared_valid;     // one flag a byte: inside a shared array
+extern u32 shared_size;
+
+u8* resolve(Thread&, int site, Space, u64 address, u32 bytes, Kind);  // null: reported
+
+inline u8* access(Thread& self, int site, Space space, u64 address, u32 bytes, Kind kind) {
+#if !TRACE
+  if (space == GLOBAL) {
+    const Extent& e = last_extent[site];
+    if (address >= e.low && address + bytes <= e.high && address % bytes == 0) return reinterpret_cast<u8*>(address);
+  } else if (space == SHARED) {
+    const u32 at = u32(address);
+    if (u64(at) + bytes <= shared_size && shared_valid[at] && shared_valid[at + bytes - 1] && at % bytes == 0)
+      return shared_memory + at;
+  }
+#endif
+  return resolve(self, site, space, address, bytes, kind);
+}
+
+template <class T, int N>
+inline std::array<T, N> load(Thread& self, int site, Space space, u64 address, Kind kind = READ) {
+  std::array<T, N> v{};
+  if (const u8* p = access(self, site, space, address, sizeof v, kind)) std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T, int N>
+inline void store(Thread& self, int site, Space space, u64 address, std::array<T, N> v, Kind kind = WRITE) {
+  if (u8* p = access(self, site, space, address, sizeof v, kind)) std::memcpy(p, &v, sizeof v);
+}
+// Parameters and module constants: memory of the host, of known layout.
+template <class T, int N>
+inline std::array<T, N> load_parameter(u64 address) {
+  std::array<T, N> v;
+  std::memcpy(&v, reinterpret_cast<const void*>(address), sizeof v);
+  return v;
+}
+
+// Fibers switch only at calls into the runtime, so a plain read-modify-write is atomic.
+template <class T, class F>
+inline T atomic(Thread& self, int site, Space space, u64 address, F update) {
+  u8* p = access(self, site, space, address, sizeof(T), ATOMIC);
+  if (!p) return T{};
+  T before;
+  std::memcpy(&before, p, sizeof before);
+  const T after = update(before);
+  std::memcpy(p, &after, sizeof after);
+  return before;
+}
+
+inline u64 generic_from_shared(u64 offset) { return u64(shared_memory) + u32(offset); }
+inline u64 shared_from_generic(u64 address) { return address - u64(shared_memory); }
+
+// ---- control ----------------------------------------------------------------------------------------------------
+
+void watch(Thread&, int site);  // every 4096 backward branches: the watchdog, and a turn for the others
+[[noreturn]] void leave(Thread&);
+[[noreturn]] void trap(Thread&, int site);
+extern u32 branches;
+inline void backward(Thread& self, int site) {
+  if (++branches % 4096 == 0) watch(self, site);
+}
+
+// ---- barriers and collectives -----------------------------------------------------------------------------------
+
+enum Reduction { POPC, AND, OR };
+// `threads` 0: the whole block. Returns the reduction of `value` over the threads.
+u32 barrier(Thread&, int site, u32 id, u32 threads, bool wait = true, Reduction = POPC, u32 value = 0);
+
+// Lanes of a warp meet: the last one to arrive computes from all inputs to all outputs.
+struct Meeting {
+  u32 mask, arrived;
+  int site;
+  Thread* threads[32];
+  const void* in[32];
+  void* out[32];
+};
+using Combine = void (*)(Meeting&);
+void meet(Thread&, int site, u32 mask, const void* in, void* out, Combine, bool orders_memory = false);
+u32 active_mask(Thread&);
+
+// ---- asynchronous copies and mbarriers --------------------------------------------------------------------------
+
+void copy_async(Thread&, int site, u64 shared, u64 global, u32 bytes, u32 source_bytes);
+void commit_group(Thread&);
+void wait_group(Thread&, u32 groups_left);
+void wait_all(Thread&);
+
+void mbarrier_init(Thread&, int site, u64 address, u32 count);
+void mbarrier_invalidate(Thread&, int site, u64 address);
+u64 mbarrier_arrive(Thread&, int site, u64 address, u32 count);  // returns the phase arrived in
+bool mbarrier_test(Thread&, int site, u64 address, u64 phase, bool parity, bool wait);
+
+// ---- the module, as the translator writes it --------------------------------------------------------------------
+
+struct SharedArray {
+  u32 offset, size;
+};
+struct KernelInfo {
+  void (*run)(Thread&, const u8* parameters);
+  const SharedArray* arrays;
+  u32 array_count, dynamic_offset;
+  u64 stack_bytes;
+};
+struct ModuleVariable {
+  u8* address;
+  u64 size;
+  bool writable;
+};
+extern const KernelInfo kernels[];
+extern const ModuleVariable module_variables[];
+extern const u32 module_variable_count, site_count;
+
+}  // namespace emulator
