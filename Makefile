@@ -6,7 +6,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests run one process a core, each with one BLAS thread.
+# Tests run one process a core, and the demo's matrices are too small to share: one BLAS thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -18,7 +18,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.has-base  ## watch a Conv1D network learn from a smartwatch's sensors, under a minute
-	@$(BIN)/cuconv demo
+	@$(ONE_THREAD) $(BIN)/cuconv demo
 
 test: $(VENV)/.has-test  ## run the tests that need no GPU and no Keras
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not keras and not gpu" $(ARGS)

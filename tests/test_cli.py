@@ -87,11 +87,12 @@ def test_wrong_usage_is_exit_code_2(arguments, text, capsys):
     assert shown.out == "" and shown.err.startswith("usage: cuconv") and text in shown.err
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path):
+@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"]], ids=["text", "json"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path, arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "cuconv", "doctor"]
+    command = [sys.executable, "-m", "cuconv", *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, timeout=120)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
@@ -202,14 +203,14 @@ BROKEN = {
     "model-missing": (lambda: os.remove("model.npz"), {}, "model.npz: No such file"),
     "model-is-folder": (lambda: (os.remove("model.npz"), os.mkdir("model.npz")), {}, "model.npz: Is a directory"),
     "model-named-otherwise": (lambda: None, {"model": "in.npy"}, "must end in .npz"),
-    "model-is-text": (lambda: write("model.npz", b"hello"), {}, "'model.npz' is not an intact cuconv file"),
+    "model-is-text": (lambda: write("model.npz", b"hello"), {}, "not an intact cuconv file"),
     "model-is-other-npz": (
         lambda: np.savez("model.npz", a=np.zeros(3)),
         {},
-        "'model.npz' is not an intact cuconv file",
+        "not an intact cuconv file",
     ),
-    "model-truncated": (lambda: cut("model.npz", 500), {}, "'model.npz' is not an intact cuconv file"),
-    "model-is-pickle": (lambda: write("model.npz", pickle.dumps([1])), {}, "'model.npz' is not an intact cuconv file"),
+    "model-truncated": (lambda: cut("model.npz", 500), {}, "not an intact cuconv file"),
+    "model-is-pickle": (lambda: write("model.npz", pickle.dumps([1])), {}, "not an intact cuconv file"),
     "model-is-layer": (save_bare_layer, {}, "holds a Cropping1D layer and not a model"),
     "model-with-two-inputs": (save_two_ends, {}, "has 2 inputs"),
     "model-with-two-outputs": (save_two_outputs, {}, "has 2 outputs"),

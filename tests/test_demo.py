@@ -217,6 +217,17 @@ def test_tilted_windows_are_the_same_motion_seen_from_another_angle(dataset):
     assert 3 < np.median(angles) < 20 and angles.max() < 40 and len(np.unique(angles)) == 40
 
 
+def test_mixed_windows_keep_the_proportions_of_their_targets():
+    x = np.arange(60, dtype=np.float32).reshape(60, 1, 1) * np.ones((1, 4, 2), np.float32)
+    targets = np.eye(60, dtype=np.float32)
+    blend, shares = classifier.mixed(x, targets, np.random.default_rng(2))
+    assert blend.dtype == shares.dtype == np.float32 and blend.shape == x.shape
+    np.testing.assert_allclose(shares.sum(axis=1), np.ones(60), rtol=1e-6)
+    assert ((shares > 0).sum(axis=1) <= 2).all() and (np.diag(shares) >= 0.5).all()
+    assert len(np.unique(np.diag(shares).round(3))) > 30  # every window is blended differently
+    np.testing.assert_allclose(blend, np.tensordot(shares, x, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_the_network(dataset):
     model = classifier.build(dataset.train.x, 7)
     assert model.output_shape == (None, 128, 7) and model.count_params() == 17177
@@ -241,11 +252,16 @@ def part_of(windows, every):
 
 
 def test_the_same_seed_gives_the_same_network(dataset):
-    some = part_of(dataset.train, 5)
-    nets = [classifier.train(some, 7, epochs=1, seed=seed)[0].get_weights() for seed in (4, 4, 5)]
-    for first, again, other in zip(*nets):
+    some, starts = part_of(dataset.train, 5), []
+
+    def started(model):
+        starts.append(model.get_weights())
+
+    ends = [classifier.train(some, 7, 1, seed, started=started)[0].get_weights() for seed in (4, 4, 5)]
+    for first, again, other in (*zip(*starts), *zip(*ends)):
         np.testing.assert_array_equal(first, again)
-        assert first.shape in ((1, 9, 1), (9,)) or (first != other).any()
+        assert first.shape in ((1, 9, 1), (9,)) or not first.any() or (first != other).any()
+    assert all(weight.any() for weight in ends[0])
 
 
 def test_training_reports_its_progress_and_lowers_the_loss(dataset):
@@ -294,7 +310,7 @@ def test_demo_learns_and_shows_it(quick, dataset):
         "9,100",
         "(None, 128, 7)",
         "17,177",
-        "210/210 steps",
+        "315/315 steps",
         "ms per step of 32 windows",
     ):
         assert piece in done.stdout

@@ -84,11 +84,11 @@ def tilted(x: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def mixed(x: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Each window blended with another one of the batch, and their targets alike (mixup, Zhang et al., 2018)."""
-    share = generator.beta(MIXING, MIXING, size=len(x)).astype(x.dtype)
-    others = generator.permutation(len(x))
-    own, other = share[:, None, None], 1 - share[:, None, None]
-    return own * x + other * x[others], own[:, 0] * targets + other[:, 0] * targets[others]
+    """Each window blended with less of another one, and their targets alike (mixup, Zhang et al., 2018)."""
+    drawn = generator.beta(MIXING, MIXING, size=(len(x), 1)).astype(x.dtype)
+    own, others = np.maximum(drawn, 1 - drawn), generator.permutation(len(x))
+    blend = own[:, None] * x + (1 - own[:, None]) * x[others]
+    return blend, own * targets + (1 - own) * targets[others]
 
 
 class Fit(NamedTuple):

@@ -14,8 +14,8 @@ from rich.console import Console
 from cuconv import doctor, layers, models
 from cuconv.demo import classifier, data
 
-EPOCHS = 25
-QUICK_EPOCHS = 10
+EPOCHS = 50
+QUICK_EPOCHS = 15
 
 
 def demonstrate(console: Console, quick: bool = False, seed: int = 0, save: Path | None = None) -> dict[str, Any]:
