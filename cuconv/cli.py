@@ -19,7 +19,6 @@ from typing import IO, Any
 import numpy as np
 import rich.markup
 import rich.progress
-import rich.table
 from rich.console import Console
 
 import cuconv
@@ -138,7 +137,9 @@ def _run(options: argparse.Namespace) -> int:
                     described = {"descr": np.lib.format.dtype_to_descr(y.dtype), "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(stream, described)
                 stream.write(np.ascontiguousarray(y).data)
-    except (OSError, ValueError, TypeError, MemoryError) as error:
+    except OSError as error:
+        raise CommandError(f"{options.output} cannot be written: {error.strerror or error}") from error
+    except (ValueError, TypeError, MemoryError) as error:
         raise CommandError(f"{options.model} cannot be run on {options.input}: {error or 'out of memory'}") from error
     report = {
         "model": str(options.model),
@@ -190,7 +191,11 @@ def _check_output(path: Path, inputs: Sequence[Path]) -> None:
         raise CommandError(f"{path} is a folder; -o names the file to write")
     if not path.parent.is_dir():
         raise CommandError(f"the folder {path.parent} does not exist")
-    if path.exists() and any(path.samefile(each) for each in inputs):
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise CommandError(f"{path} is a device or the like, which a file would take the place of")
+    if any(path.samefile(each) for each in inputs):
         raise CommandError(f"{path} is read by this command and cannot be its output as well")
 
 
@@ -203,6 +208,7 @@ def _reason(error: Exception, path: Path, otherwise: str | None = None) -> str:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A stream to a new file that takes the place of `path` at the end, or vanishes if anything fails."""
+    path = path.resolve()  # a link stays a link
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with open(unfinished, "xb") as stream:
@@ -244,13 +250,10 @@ def _print_findings(found: dict[str, Any]) -> None:
         "CuPy": found["cupy"] or "absent",
         "driver": f"CUDA {found['driver']}" if found["driver"] else unknown,
         "NVRTC": found["nvrtc"] or unknown,
-        "GPUs": "\n".join(gpus) or unknown,
+        "GPUs": "; ".join(gpus) or unknown,
         "kernels": kernels["error"] or f"{len(kernels['files'])} file(s) in {kernels['path']}",
         "arrays": f"cuconv.asarray gives {arrays['library']} arrays: {arrays['reason']}",
     }
-    table = rich.table.Table(show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, fact in rows.items():
-        table.add_row(name, rich.markup.escape(fact))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    for name, fact in rows.items():  # a path that is broken into lines could not be copied
+        console.print(f"[bold]{name:<10}[/]{rich.markup.escape(fact)}", soft_wrap=True)

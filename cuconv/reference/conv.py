@@ -11,7 +11,7 @@ import numpy as np
 
 from cuconv.activations import Activation
 from cuconv.geometry import CHANNELS_LAST, ConvShape
-from cuconv.plan.reference import HostPlan, plan_conv
+from cuconv.plan.reference import HostPlan, plan_columns, plan_conv
 from cuconv.reference.blocks import (
     Array,
     blocks,
@@ -44,22 +44,9 @@ def conv(
         return
     shape, x, out = _without_taps(shape, x, out)
     dtype = compute_dtype(x.dtype)
-    groups = shape.groups
-    filters = shape.filters // groups
-    w = w.astype(dtype, copy=False).reshape(-1, groups, filters).transpose(1, 0, 2)
-    bias = None if bias is None else bias.reshape(groups, 1, filters)
-    columns = Columns(shape, plan_conv(shape, dtype.itemsize, workspace), dtype)
-    y = channels_last(out, shape.data_format)
-    for at in blocks(y.shape[:-1], columns.plan.block):
-        target = y[at]
-        acc, stored = _matrices(target, shape, dtype)
-        np.matmul(columns.fill(x, at), w, out=acc)
-        if bias is not None:
-            acc += bias
-        if activation is not None:
-            activation(acc, out=acc)
-        if stored is not target:
-            target[...] = stored
+    plan = plan_conv(shape, dtype.itemsize, workspace)
+    run = _conv_windows if plan.strategy == "windows" else _conv_columns
+    run(shape, plan, x, w.astype(dtype, copy=False), bias, activation, out)
 
 
 def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
@@ -72,7 +59,7 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
         return
     shape, x, dy = _without_taps(shape, x, dy)
     dtype = compute_dtype(x.dtype)
-    plan = plan_conv(shape, dtype.itemsize, workspace)
+    plan = plan_columns(shape, dtype.itemsize, workspace)
     first = shape.data_format != CHANNELS_LAST
     taps, groups = math.prod(shape.kernel_size), shape.groups
     depth, filters = taps * shape.in_channels // groups, shape.filters // groups
@@ -109,6 +96,68 @@ def _without_taps(shape: ConvShape, x: Array, out: Array) -> tuple[ConvShape, Ar
         return shape, x, out
     flat = ConvShape(1, (rows,), (rows,), shape.in_channels, shape.filters, (1,), (1,), (1,), (0,), 1, CHANNELS_LAST)
     return flat, flat_x, flat_out
+
+
+def _conv_windows(
+    shape: ConvShape, plan: HostPlan, x: Array, w: Array, bias: Array | None, activation: Activation | None, y: Array
+) -> None:
+    """Products of overlapping windows as they lie in memory: rank 1, channels last, dilation 1, one group."""
+    (taps,), (stride,), (pad,) = shape.kernel_size, shape.strides, shape.pad_before
+    channels, depth = shape.in_channels, taps * shape.in_channels
+    w = w.reshape(depth, shape.filters)
+    phases = -(-taps // stride)
+    in_place = x.dtype == w.dtype and x.flags.c_contiguous
+    # Rows of y may lie apart, but BLAS wants each in one piece and behind the one before.
+    direct = y.dtype == w.dtype and y.strides[-1] == y.itemsize and y.strides[-2] >= shape.filters * y.itemsize
+    # Outputs [inner, outer) read nothing of the padding; only the others need a padded copy of what they read.
+    inner = min(max(0, -(-pad // stride)), y.shape[1]) if in_place else 0
+    outer = max(inner, min(y.shape[1], (x.shape[1] + pad - taps) // stride + 1)) if in_place else inner
+    for start, stop, padded in ((0, inner, True), (inner, outer, False), (outer, y.shape[1], True)):
+        for items, piece in blocks((y.shape[0], stop - start), plan.block):
+            positions = slice(start + piece.start, start + piece.stop)
+            count, rows = lengths((items, positions))
+            first = positions.start * stride - pad
+            span = (rows - 1) * stride + taps
+            if padded:
+                source, origin, pitch = np.empty((count, span, channels), w.dtype), 0, span * channels
+                read_padded(x[items], ((first, first + span),), source)
+            else:
+                pitch = x.shape[1] * channels
+                source, origin = x, items.start * pitch + first * channels
+            acc = y[items, positions] if direct else np.empty((count, rows, shape.filters), w.dtype)
+            for phase in range(min(phases, rows)):
+                shown = (count, -(-(rows - phase) // phases), depth)
+                steps = (pitch, phases * stride * channels, 1)
+                window = strided(source, shown, steps, origin + phase * stride * channels)
+                np.matmul(window, w, out=acc[:, phase::phases])
+            if bias is not None:
+                acc += bias
+            if activation is not None:
+                activation(acc, out=acc)
+            if not direct:
+                y[items, positions] = acc
+
+
+def _conv_columns(
+    shape: ConvShape, plan: HostPlan, x: Array, w: Array, bias: Array | None, activation: Activation | None, y: Array
+) -> None:
+    """Products of window matrices that are copied block by block."""
+    groups = shape.groups
+    filters = shape.filters // groups
+    w = w.reshape(-1, groups, filters).transpose(1, 0, 2)
+    bias = None if bias is None else bias.reshape(groups, 1, filters)
+    columns = Columns(shape, plan, w.dtype)
+    y = channels_last(y, shape.data_format)
+    for at in blocks(y.shape[:-1], plan.block):
+        target = y[at]
+        acc, stored = _matrices(target, shape, w.dtype)
+        np.matmul(columns.fill(x, at), w, out=acc)
+        if bias is not None:
+            acc += bias
+        if activation is not None:
+            activation(acc, out=acc)
+        if stored is not target:
+            target[...] = stored
 
 
 def _stored(shape: Sequence[int], data_format: str) -> tuple[int, ...]:

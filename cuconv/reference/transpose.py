@@ -38,6 +38,8 @@ def conv_transpose(
     plan = plan_transpose(shape, dtype.itemsize, workspace)
     if plan.strategy == "gather":
         conv(flipped_shape(shape), y, _flipped_kernel(shape, w), bias, activation, out, workspace)
+    elif plan.strategy == "subpixel" and out.flags.c_contiguous:
+        _subpixel(shape, y, w, bias, activation, out, workspace)
     else:
         scatter(_add_taps, shape, plan.block, y, w.astype(dtype, copy=False), bias, activation, out, workspace)
 
@@ -62,6 +64,41 @@ def _flipped_kernel(shape: ConvShape, w: Array) -> Array:
         *shape.kernel_size, depth, shape.groups, shape.depth_multiplier
     )
     return np.moveaxis(split, -1, -3).swapaxes(-1, -2).reshape(*shape.kernel_size, -1, shape.in_channels)
+
+
+def _subpixel(
+    shape: ConvShape, y: Array, w: Array, bias: Array | None, activation: Activation | None, out: Array, workspace: int
+) -> None:
+    """Convolutions of stride 1 that fill `out` [b, q * s, C] as [b, q, s * C]: rank 1, dilation 1.
+
+    Output ``q*s + r`` is position ``(q + shift)*s + rho`` of the uncropped result, and that is, with t = k / s,
+    the sum over a < t of ``y[q + shift - a] * w[a*s + rho]``. The residues r of one shift are one convolution.
+    `out` is contiguous.
+    """
+    (stride,), (pad,), (size,) = shape.strides, shape.pad_before, shape.in_size
+    channels, windows = shape.in_channels, shape.kernel_size[0] // stride
+    flipped = w.reshape(windows, stride, channels, shape.filters)[::-1]
+    columns = out.reshape(out.shape[0], size // stride, stride * channels)
+    turn = stride - pad % stride  # the first residue of the second shift
+    for residues, shift in ((slice(0, turn), pad // stride), (slice(turn, stride), pad // stride + 1)):
+        count = residues.stop - residues.start
+        if count == 0:
+            continue
+        first = (residues.start + pad) % stride
+        kernel = flipped[:, first : first + count].reshape(windows, count * channels, shape.filters).swapaxes(1, 2)
+        part = dataclasses.replace(
+            shape,
+            in_size=shape.out_size,
+            out_size=(size // stride,),
+            in_channels=shape.filters,
+            filters=count * channels,
+            kernel_size=(windows,),
+            strides=(1,),
+            pad_before=(windows - 1 - shift,),
+        )
+        target = columns[:, :, residues.start * channels : residues.stop * channels]
+        part_bias = None if bias is None else np.tile(bias, count)
+        conv(part, y, np.ascontiguousarray(kernel), part_bias, activation, target, workspace // 2)
 
 
 def scatter(
