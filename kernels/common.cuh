@@ -1,4 +1,6 @@
-// common.cuh -- what every kernel file shares: the dimension key, index helpers, activations, the epilogue.
+// common.cuh -- what every kernel file shares: the dimension key, index helpers, activations.
+//
+// Twin   cuconv/activations.py      Test   tests/test_kernels.py
 //
 // Dimension key (all kernel files, all comments)
 //   B batch            C input channels     F filters (output channels)     G groups
