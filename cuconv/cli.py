@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,12 +123,9 @@ def _run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     try:
         with _replacing(options.output) as stream:
-            starts = rich.progress.track(
-                range(0, max(len(x), 1), piece),
-                description=options.model.name,
-                console=console,
-                disable=options.json or not console.is_terminal,
-            )
+            starts: Iterable[int] = range(0, max(len(x), 1), piece)
+            if console.is_terminal and not options.json:
+                starts = rich.progress.track(starts, description=options.model.name, console=console)
             for start in starts:
                 y = model.predict(x[start : start + piece], options.batch_size, verbose=False, device=options.device)
                 y = y if y.dtype.kind in "fc" else y.astype(np.float32)  # .npy has no bfloat16; float32 holds all of it
