@@ -42,8 +42,8 @@ DEFAULT_WORKSPACE = 64 << 20  # bytes of scratch memory a call may use
 # Bytes of a window matrix. Row "conv2d 3x3 64->64" takes as long with 1 to 3.5 MB and 1.16 times as long with 7 MB, row
 # "conv1d k10 9->100" 1.2 times as long with less than 1 MB.
 COLUMN_BYTES = 2 << 20
-# Bytes of a block of other kinds. A transposed k16 s8 that adds its taps takes 1.2 times as long with 1 MiB and the same
-# with 8 MiB.
+# Bytes of a block of other kinds. A transposed k16 s8 that adds its taps takes 1.2 times as long with 1 MiB, the
+# same with 8 MiB.
 BLOCK_BYTES = 4 << 20
 # Rows of each of the ceil(k / s) products over windows. With fewer the product is bound by reading the kernel: row
 # "conv1d k15" takes 1.1 times as long with 64 and 1.5 times with 16.
