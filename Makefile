@@ -21,7 +21,7 @@ demo: $(VENV)/.has-base  ## watch a Conv1D network learn from a smartwatch's sen
 	@$(ONE_THREAD) $(BIN)/cuconv demo
 
 test: $(VENV)/.has-test  ## run the tests that need no GPU and no Keras
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not keras and not gpu" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not keras and not gpu and not exhaustive" $(ARGS)
 
 lint: $(VENV)/.has-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -75,7 +75,7 @@ def test_importing_the_package_loads_no_gpu_library():
 
 
 def test_kernels_and_plans_give_activations_the_same_codes():
-    source = (runtime.kernel_directory() / "common.cuh").read_text()
+    source = (runtime.kernel_directory() / "activations.cuh").read_text()
     constants = dict(re.findall(r"constexpr int ACT_(\w+) = (\d+);", source))
     assert {name.lower(): int(code) for name, code in constants.items()} == ACTIVATION_CODES
     assert set(re.findall(r"ACT == ACT_(\w+)\)", source)) == set(constants) - {"LINEAR"}

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emula
 
 # One thread, one element; the last block has threads beyond the end.
 APPLY = """
-#include "common.cuh"
+#include "activations.cuh"
 extern "C" __global__ void apply(const float* __restrict__ x, float* __restrict__ y, int n) {
   const int i = blockIdx.x * 128 + threadIdx.x;
   if (i < n) y[i] = activate<CODE>(x[i]);

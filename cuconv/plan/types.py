@@ -1,6 +1,11 @@
-"""Types that plans are made of."""
+"""What plans are made of: the limits of a device, what a launch costs, and the launch itself. Integers and names only."""
 
 from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from functools import cached_property
 
 
 class PlanError(RuntimeError):
@@ -8,7 +13,7 @@ class PlanError(RuntimeError):
 
 
 # Codes of the pointwise activations that kernels apply themselves; mirrored by the ACT_ constants of
-# kernels/common.cuh.
+# kernels/activations.cuh.
 ACTIVATION_CODES = {
     "linear": 0,
     "relu": 1,
@@ -26,3 +31,132 @@ ACTIVATION_CODES = {
     "hard_sigmoid": 13,
     "hard_silu": 14,
 }
+
+
+@dataclass(frozen=True)
+class Element:
+    """A dtype as kernels see it: the C++ type it is stored in, its bytes, and the bytes of the type sums are taken in."""
+
+    dtype: str
+    c_type: str
+    bytes: int
+    sum_dtype: str
+    sum_bytes: int
+
+    @property
+    def is_complex(self) -> bool:
+        """True for complex64 and complex128."""
+        return self.dtype.startswith("complex")
+
+
+# The types are those of kernels/common.cuh.
+ELEMENTS = {
+    "float32": Element("float32", "float", 4, "float32", 4),
+    "float64": Element("float64", "double", 8, "float64", 8),
+    "float16": Element("float16", "half_t", 2, "float32", 4),
+    "bfloat16": Element("bfloat16", "bfloat_t", 2, "float32", 4),
+    "complex64": Element("complex64", "complex_t<float>", 8, "complex64", 8),
+    "complex128": Element("complex128", "complex_t<double>", 16, "complex128", 16),
+}
+
+INT32_MAX = 2**31 - 1
+WARP = 32  # threads
+MAX_THREADS = 1024  # of a block
+MAX_GRID_X = INT32_MAX  # blocks
+MAX_GRID_YZ = 65535  # blocks
+REGISTERS_PER_MULTIPROCESSOR = 65536
+REGISTERS_PER_THREAD = 255
+STATIC_SHARED_BYTES = 48 << 10  # what a block may have without asking the driver for more
+VECTOR_BYTES = 16  # the widest access a thread can make
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a plan must know of a device. Rates are peaks: bytes and operations a second."""
+
+    name: str
+    arch: str  # NVRTC's name, "sm_90"
+    multiprocessors: int
+    shared_bytes: int  # of a block, at most
+    shared_bytes_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    l2_bytes: int
+    bandwidth: float
+    fp32_rate: float
+    fp64_rate: float
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Major and minor compute capability."""
+        number = int(self.arch.removeprefix("sm_").rstrip("af"))
+        return number // 10, number % 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a launch moves and computes, by the plan's model."""
+
+    flops: int  # operations done, those on padding of the tiles included
+    least_flops: int  # operations the definition needs
+    bytes: int  # moved between the caches and the multiprocessors
+    least_bytes: int  # every array touched once
+    seconds: float  # predicted on the device the plan is for
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One kernel launch, complete but for its arrays.
+
+    Attributes:
+        kernel: names the file ``kernels/<kernel>.cu`` and the entry point in it.
+        constants: what the file is compiled with, name and value; a value is an integer or a type of common.cuh.
+        integers: what follows the array pointers in the kernel's parameter struct, in its order.
+        index_bytes: bytes of each of those integers, 4 or 8; the kernel's `Index` type.
+        shared_bytes: shared memory of a block, static and dynamic together.
+        dynamic_shared_bytes: the part of it that is asked for at the launch.
+        registers: an estimate a thread, from which occupancy is predicted.
+        reason: why this plan, in words; `rejected`: what else was weighed, and why it lost.
+    """
+
+    kernel: str
+    constants: tuple[tuple[str, int | str], ...]
+    integers: tuple[int, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    index_bytes: int = 4
+    shared_bytes: int = 0
+    dynamic_shared_bytes: int = 0
+    registers: int = 0
+    reason: str = ""
+    rejected: tuple[str, ...] = ()
+    cost: Cost | None = field(default=None, compare=False)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return math.prod(self.block)
+
+    @cached_property
+    def packed_integers(self) -> bytes:
+        """The integers as they stand in the parameter struct."""
+        return struct.pack(f"<{len(self.integers)}{'q' if self.index_bytes == 8 else 'i'}", *self.integers)
+
+    def parameters(self, addresses: tuple[int, ...]) -> bytes:
+        """The kernel's by-value parameter struct: pointers, then integers, filled up to a multiple of 8 bytes."""
+        data = struct.pack(f"<{len(addresses)}Q", *addresses) + self.packed_integers
+        return data.ljust(-(-len(data) // 8) * 8, b"\0")
+
+    def __str__(self) -> str:
+        constants = " ".join(f"{name}={value}" for name, value in self.constants)
+        blocks = math.prod(self.grid)
+        return f"{self.kernel}: {blocks} blocks of {self.threads} threads, {constants}. {self.reason}"
+
+
+def index_bytes(*extents: int) -> int:
+    """4 where every extent, the largest value an index of its kind takes, fits 32 bits; else 8."""
+    return 4 if max(extents) <= INT32_MAX else 8
+
+
+def vector(itemsize: int, *multiples: int) -> int:
+    """Elements of the widest access, at most 16 bytes, that divides every one of `multiples` (in elements)."""
+    return math.gcd(VECTOR_BYTES // itemsize, *multiples)
