@@ -16,6 +16,17 @@ __device__ __forceinline__ constexpr int ceil_div(int a, int b) { return (a + b 
 __device__ __forceinline__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ constexpr int larger(int a, int b) { return a < b ? b : a; }
 
+template <bool CONDITION, class Then, class Else>
+struct choose {
+  using type = Then;
+};
+template <class Then, class Else>
+struct choose<false, Then, Else> {
+  using type = Else;
+};
+template <bool CONDITION, class Then, class Else>
+using conditional = typename choose<CONDITION, Then, Else>::type;
+
 // ---- elements ---------------------------------------------------------------------------------------------------
 // The types of cuconv/plan/types.py::ELEMENTS. 16-bit elements are summed in float.
 
@@ -122,6 +133,16 @@ __device__ __forceinline__ Vector<E, N> load_or_zero(const E* from, bool inside)
   using Word = typename word_of<sizeof(E) * N>::type;
   Word word{};
   if (inside) word = __ldg(reinterpret_cast<const Word*>(from));
+  Vector<E, N> v;
+  memcpy(&v, &word, sizeof v);
+  return v;
+}
+
+// The same from memory that this kernel writes too, such as shared memory.
+template <int N, class E>
+__device__ __forceinline__ Vector<E, N> read(const E* from) {
+  using Word = typename word_of<sizeof(E) * N>::type;
+  const Word word = *reinterpret_cast<const Word*>(from);
   Vector<E, N> v;
   memcpy(&v, &word, sizeof v);
   return v;

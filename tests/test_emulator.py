@@ -557,7 +557,6 @@ def test_parser_reads_operands():
         ("frobnicate.u32 %r1, %r2;", r"PTX line 8: unknown opcode. Received: frobnicate.u32"),
         ("add.sparkling.u32 %r1, %r2, %r3;", r"PTX line 8: unknown modifier .sparkling"),
         ("wgmma.fence.sync.aligned;", r"PTX line 8: unknown opcode. Received: wgmma"),
-        ("ld.global.u8 %r1, [%rd1];", r"PTX line 8: single bytes"),
         ("mov.u32 %r1, %nonsense;", r"PTX line 8: an undeclared name"),
         (".frobnicate 3;", r"PTX line 8: unknown directive .frobnicate"),
     ],

@@ -1,4 +1,4 @@
-"""What plans are made of: the limits of a device, what a launch costs, and the launch itself. Integers and names only."""
+"""What plans are made of: limits of a device, what a launch costs, and the launch itself. Integers and names only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ACTIVATION_CODES = {
 
 @dataclass(frozen=True)
 class Element:
-    """A dtype as kernels see it: the C++ type it is stored in, its bytes, and the bytes of the type sums are taken in."""
+    """A dtype as kernels see it: its C++ type, its bytes, and the type that sums are taken in."""
 
     dtype: str
     c_type: str

@@ -1,17 +1,12 @@
-"""Upsampling by whole factors on NumPy arrays, one spatial axis after the other.
-
-Output p of an axis lies at ``(p + 1/2) / size - 1/2`` of the input (half-pixel centres, corners not aligned). Beyond
-the edge stands the edge, except for the Lanczos kernels, which leave such taps out and share their weight among the
-others. bicubic is Keys' kernel with a = -3/4.
-"""
+"""Upsampling by whole factors on NumPy arrays, one spatial axis after the other."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 
+from cuconv.interpolation import taps
 from cuconv.plan.reference import BLOCK_BYTES, fit_block
 from cuconv.reference.blocks import Array, blocks, channels_last, compute_dtype
 
@@ -22,7 +17,7 @@ def upsample(x: Array, size: tuple[int, ...], interpolation: str, data_format: s
     if interpolation == "nearest":
         _split(out, size)[...] = x[_between(len(size))]
         return
-    _apply([_taps(n, factor, interpolation) for n, factor in zip(x.shape[1:-1], size, strict=True)], x, out)
+    _apply([taps(n, factor, interpolation) for n, factor in zip(x.shape[1:-1], size, strict=True)], x, out)
 
 
 def upsample_input_grad(dy: Array, size: tuple[int, ...], interpolation: str, data_format: str, out: Array) -> None:
@@ -66,47 +61,10 @@ def _apply(tables: list[tuple[Array, Array]], x: Array, out: Array) -> None:
         out[(items, *at)] = values
 
 
-def _triangle(t: Array) -> Array:
-    return np.maximum(0, 1 - np.abs(t))
-
-
-def _cubic(t: Array) -> Array:
-    a, t = -0.75, np.abs(t)
-    inner = ((a + 2) * t - (a + 3)) * t * t + 1
-    outer = ((t - 5) * t + 8) * t * a - 4 * a
-    return np.where(t <= 1, inner, np.where(t < 2, outer, 0))
-
-
-def _lanczos(t: Array, lobes: int) -> Array:
-    return np.where(np.abs(t) < lobes, np.sinc(t) * np.sinc(t / lobes), 0)
-
-
-# Interpolation kernels, and how many inputs they reach to either side.
-KERNELS: dict[str, tuple[Callable[[Array], Array], int]] = {
-    "bilinear": (_triangle, 1),
-    "bicubic": (_cubic, 2),
-    "lanczos3": (functools.partial(_lanczos, lobes=3), 3),
-    "lanczos5": (functools.partial(_lanczos, lobes=5), 5),
-}
-
-
-@functools.lru_cache(maxsize=64)
-def _taps(n: int, size: int, interpolation: str) -> tuple[Array, Array]:
-    """Which inputs make up each output of one axis, index [n * size, taps], and their weights."""
-    kernel, reach = KERNELS[interpolation]
-    centre = (np.arange(n * size)[:, None] + 0.5) / size - 0.5
-    index = np.floor(centre).astype(np.intp) + np.arange(1 - reach, 1 + reach)
-    weight = kernel(centre - index)
-    if interpolation.startswith("lanczos"):
-        weight *= (index >= 0) & (index < n)
-        weight /= weight.sum(axis=1, keepdims=True)
-    return index.clip(0, max(n - 1, 0)), weight
-
-
 @functools.lru_cache(maxsize=64)
 def _collected(n: int, size: int, interpolation: str) -> tuple[Array, Array]:
     """The same table read the other way: the outputs that hold a share of each input, [n, shares], and the weights."""
-    index, weight = _taps(n, size, interpolation)
+    index, weight = taps(n, size, interpolation)
     outputs = np.broadcast_to(np.arange(n * size)[:, None], index.shape)
     order = np.argsort(index, axis=None, kind="stable")
     inputs = index.ravel()[order]

@@ -7,15 +7,15 @@ Mode "plain" computes and checks bounds, barriers and time. Mode "trace" also fi
 uninitialised reads and reads of copies that are still under way, and counts memory transactions. A launch that has
 something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector).
 
-Not there, and an error: functions that are not inlined, single-byte accesses to global and shared memory, textures,
-clusters, tensor-memory copies, wgmma. Flags passed between threads through memory, without a barrier, order nothing for
+Not there, and an error: textures, clusters, tensor-memory copies, wgmma. Flags passed between threads through memory, without a barrier, order nothing for
 the detector.
 """
 
 import ctypes
 import math
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from . import build, nvrtc
 from .nvrtc import CompileError, compile_ptx
 from .opcodes import UnsupportedError
 from .ptx import PtxError, parse
-from .translate import Translation, translate
+from .translate import KernelInfo, Translation, translate
 
 __all__ = [
     "CompileError",
@@ -34,6 +34,7 @@ __all__ = [
     "Module",
     "PtxError",
     "Report",
+    "Structure",
     "Traffic",
     "UnsupportedError",
     "compile_ptx",
@@ -43,11 +44,25 @@ __all__ = [
 GUARD = 4096  # bytes between arrays, so that one index too many hits nothing
 ALIGNMENT = 512  # bytes, what device allocators give
 IN_PLACE = 1 << 28  # bytes from which an array is not copied; sparse arrays can be larger than memory
+POISON = 0xFF  # every byte of memory that nobody has written: NaN in every float type
+
+# What a launch finds in an array, mirrored by runtime.h: nothing yet, numbers, numbers where it is not poison.
+NEVER, ALWAYS, IF_NOT_POISON = 0, 1, 2
+
+_one_launch = threading.Lock()  # a library has one set of fibers
 
 
 def missing() -> str | None:
     """Why the emulator cannot work here, or None."""
     return nvrtc.missing() or build.missing()
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A structure passed by value: the arrays that it points to, and its bytes given their addresses (0 for None)."""
+
+    arrays: Sequence[np.ndarray | None]
+    pack: Callable[[tuple[int, ...]], bytes]
 
 
 @dataclass(frozen=True)
@@ -128,15 +143,24 @@ class _Request(ctypes.Structure):
         ("extents", ctypes.POINTER(_Extent)),
         ("extent_count", ctypes.c_uint64),
         ("shadow_cells", ctypes.c_uint64),
+        ("blocks", ctypes.POINTER(ctypes.c_uint64)),
+        ("block_count", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
         ("timeout", ctypes.c_double),
     )
 
 
-def _root(array: np.ndarray) -> np.ndarray:
+def root(array: np.ndarray) -> np.ndarray:
+    """The array that owns the memory that `array` is a view of."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
+
+
+def device_address(array: np.ndarray, start: int) -> int:
+    """The address that an array has in a launch, if its owner is placed at `start`; its own if it is used in place."""
+    low, high = np.lib.array_utils.byte_bounds(root(array))
+    return array.ctypes.data + (start - low if high - low < IN_PLACE else 0)
 
 
 class _Memory:
@@ -145,18 +169,18 @@ class _Memory:
     Arrays that share memory are copied as the one array that they are views of, so they share it here too.
     """
 
-    def __init__(self, arrays: dict[int, list[np.ndarray]], uninitialised: Sequence[int]):
+    def __init__(self, arrays: dict[int, list[np.ndarray]], uninitialised: Sequence[int], poisoned: Callable, cell: int):
         spans = {}  # address of the array that owns memory -> (bytes, offset in the arena or None, first shadow cell)
         size = cells = 0
         for array in (array for group in arrays.values() for array in group):
-            low, high = np.lib.array_utils.byte_bounds(_root(array))
+            low, high = np.lib.array_utils.byte_bounds(root(array))
             if low in spans:
                 continue
             copied = high - low < IN_PLACE
             spans[low] = (high - low, size + GUARD if copied else None, cells)
             if copied:
                 size = math.ceil((size + GUARD + high - low) / ALIGNMENT) * ALIGNMENT
-            cells += (high - low) // 2 + 1
+            cells += (high - low) // cell + 1
         self.cells = cells
         self.spans = spans
         self.arena = ctypes.create_string_buffer(size + GUARD + ALIGNMENT)
@@ -166,10 +190,10 @@ class _Memory:
         for argument, group in arrays.items():
             for array in group:
                 low, high = np.lib.array_utils.byte_bounds(array)
-                start = np.lib.array_utils.byte_bounds(_root(array))[0]
+                start = np.lib.array_utils.byte_bounds(root(array))[0]
                 move = self._move(start)
-                shadow = spans[start][2] + (low - start) // 2
-                initialised = argument not in uninitialised
+                shadow = spans[start][2] + (low - start) // cell
+                initialised = NEVER if argument in uninitialised else IF_NOT_POISON if poisoned(array) else ALWAYS
                 extents.append(_Extent(low + move, high + move, shadow, argument, array.flags.writeable, initialised))
                 if array.flags.writeable:
                     self.written.add(start)
@@ -184,7 +208,7 @@ class _Memory:
 
     def address(self, array: np.ndarray) -> int:
         """Where the first element of an array is during the launch."""
-        return array.ctypes.data + self._move(np.lib.array_utils.byte_bounds(_root(array))[0])
+        return array.ctypes.data + self._move(np.lib.array_utils.byte_bounds(root(array))[0])
 
     def copy_back(self) -> None:
         """Brings what the kernel wrote to the arrays."""
@@ -197,6 +221,8 @@ class _Memory:
 def _arrays(value: Any) -> list[np.ndarray]:
     if isinstance(value, np.ndarray):
         return [value]
+    if isinstance(value, Structure):
+        return [array for array in value.arrays if array is not None]
     return [array for item in value for array in _arrays(item)] if isinstance(value, tuple) else []
 
 
@@ -206,6 +232,8 @@ def _pack(value: Any, memory: _Memory) -> tuple[bytes, int]:
         return struct.pack("<Q", memory.address(value)), 8
     if value is None:
         return bytes(8), 8
+    if isinstance(value, Structure):
+        return value.pack(tuple(0 if array is None else memory.address(array) for array in value.arrays)), 8
     if isinstance(value, np.void):
         return value.tobytes(), 1
     if isinstance(value, np.generic):
@@ -229,6 +257,11 @@ class Module:
         self.translation: Translation = translate(parse(ptx))
         self._libraries: dict[str, ctypes.CDLL] = {}
 
+    @property
+    def kernels(self) -> dict[str, KernelInfo]:
+        """What the text says of each kernel."""
+        return self.translation.kernels
+
     def _library(self, mode: str) -> ctypes.CDLL:
         if mode not in build.MODES:
             raise ValueError(f"`mode` must be one of {', '.join(build.MODES)}. Received: mode={mode!r}")
@@ -250,17 +283,23 @@ class Module:
         *,
         timeout: float = 60.0,
         uninitialised: Sequence[int] = (),
+        poisoned: Callable[[np.ndarray], bool] = lambda _: False,
+        blocks: Sequence[int] | None = None,
         check: bool = True,
     ) -> Launch:
         """Reports and counters of one launch; arrays are written in place.
 
         Args:
             args: arrays (passed as pointers, any strides), NumPy scalars, None for a null pointer, and for structures
-                passed by value a tuple of these, a `np.void` or a `ctypes.Structure`.
+                passed by value a tuple of these, a `Structure`, a `np.void` or a `ctypes.Structure`.
             shared_bytes: dynamic shared memory.
             seed: order of blocks, warps and lanes, and the moment asynchronous copies land; 0 is ascending and latest.
             timeout: seconds until the watchdog ends the launch.
             uninitialised: indices of the arguments that must be written before they are read.
+            poisoned: tells of an array whether its words of all ones have never been written, and must be before they
+                are read.
+            blocks: the blocks to run, as indices into the grid with x fastest; all by default. A grid of 2^31 blocks
+                takes no memory, only time.
             check: raise when there is something to report.
 
         Raises:
@@ -271,12 +310,17 @@ class Module:
             raise ValueError(f"`block` must have 1 to 1024 threads, at most 64 on z. Received: block={block}")
         if not (0 < grid[0] < 2**31 and 0 < grid[1] < 2**16 and 0 < grid[2] < 2**16):
             raise ValueError(f"`grid` must be within 2147483647 x 65535 x 65535. Received: grid={grid}")
-        if name not in self.translation.kernels:
-            names = ", ".join(self.translation.kernels)
+        if name not in self.kernels:
+            names = ", ".join(self.kernels)
             raise ValueError(f"`name` must be a kernel of the module: {names}. Received: name={name!r}")
-        memory = _Memory({i: _arrays(value) for i, value in enumerate(args)}, uninitialised)
+        count = math.prod(grid)
+        if blocks is not None and not all(0 <= block < count for block in blocks):
+            raise ValueError(f"`blocks` must lie in the grid of {count}. Received: blocks={list(blocks)}")
+        cell = self.translation.cell_bytes
+        memory = _Memory({i: _arrays(value) for i, value in enumerate(args)}, uninitialised, poisoned, cell)
+        chosen = (ctypes.c_uint64 * len(blocks or ()))(*(blocks or ()))
         request = _Request(
-            list(self.translation.kernels).index(name),
+            list(self.kernels).index(name),
             grid,
             block,
             shared_bytes,
@@ -284,12 +328,16 @@ class Module:
             memory.extents,
             len(memory.extents),
             memory.cells,
+            None if blocks is None else chosen,
+            len(chosen) if blocks is not None else count,
             seed,
             timeout,
         )
         parameters = self._parameters(name, args, memory)
         request.parameters = ctypes.addressof(parameters)
-        text = self._library(mode).emulator_launch(ctypes.byref(request)).decode()
+        library = self._library(mode)
+        with _one_launch:
+            text = library.emulator_launch(ctypes.byref(request)).decode()
         memory.copy_back()
         launch = self._read(text)
         if check and launch.reports:
@@ -297,7 +345,7 @@ class Module:
         return launch
 
     def _parameters(self, name: str, args: Sequence[Any], memory: _Memory) -> ctypes.Array:
-        expected = self.translation.kernels[name]
+        expected = self.kernels[name].parameters
         if len(args) != len(expected):
             raise TypeError(f"{name} takes {len(expected)} arguments. Received: {len(args)}")
         end = expected[-1].offset + expected[-1].size if expected else 1

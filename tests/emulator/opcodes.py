@@ -7,7 +7,7 @@ mistake. A family of instructions is a section of this file, or a module that ca
 from collections.abc import Callable
 from typing import Protocol
 
-from .ptx import Address, Instruction, Operand, Pair, PtxError, Vector
+from .ptx import Address, Instruction, Number, Operand, Pair, PtxError, Vector
 
 # PTX type -> C++ type of arithmetic.h. Untyped bits are unsigned integers.
 TYPES = {f"{kind}{bits}": f"{'s' if kind == 's' else 'u'}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)}
@@ -15,6 +15,7 @@ TYPES |= {name: name for name in ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2"
 
 PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
 FLOATS = ("f16", "bf16", "f32", "f64", *PACKED)
+HALVES = ("f16", "bf16", *PACKED)
 FLUSHED = ("f16", "bf16", "f32")  # types that .ftz applies to
 
 
@@ -26,7 +27,7 @@ class Writer(Protocol):
     """What a builder needs of the kernel that is being translated."""
 
     def read(self, operand: Operand, kind: str) -> str: ...
-    def write(self, operand: Operand, value: str) -> str: ...
+    def write(self, operand: Operand, value: str, kind: str | None = None) -> str: ...
     def label(self, name: str) -> str: ...
     def is_backward(self, name: str) -> bool: ...
 
@@ -69,15 +70,16 @@ class Site:
     def reads(self, kind: str, start: int = 1) -> list[str]:
         return [self.writer.read(operand, kind) for operand in self.operands[start:]]
 
-    def write(self, value: str, index: int = 0) -> str:
-        return self.writer.write(self.operands[index], value)
+    def write(self, value: str, kind: str | None = None) -> str:
+        """`value` to the first operand; `kind` is its type, where it is known."""
+        return self.writer.write(self.operands[0], value, kind)
 
-    def write_pair(self, first: str, second: str) -> str:
+    def write_pair(self, first: str, second: str, kind: str | None = None) -> str:
         """Writes to `a|b`; only `first` where there is no pair."""
         target = self.operands[0]
         if isinstance(target, Pair):
-            return f"{self.writer.write(target.first, first)} {self.writer.write(target.second, second)}"
-        return self.write(first)
+            return f"{self.writer.write(target.first, first, kind)} {self.writer.write(target.second, second)}"
+        return self.write(first, kind)
 
     def array(self, operand: Operand, kind: str) -> str:
         """A vector operand, or a single one, as a std::array."""
@@ -85,11 +87,12 @@ class Site:
         values = ", ".join(self.writer.read(item, kind) for item in items)
         return f"std::array<{TYPES[kind]}, {len(items)}>{{{values}}}"
 
-    def unpack(self, operand: Operand, value: str) -> str:
+    def unpack(self, operand: Operand, value: str, kind: str | None = None) -> str:
         """Writes a std::array to a vector operand, or to a single one."""
-        items = operand.items if isinstance(operand, Vector) else (operand,)
+        if not isinstance(operand, Vector):
+            return self.writer.write(operand, f"{value}[0]", kind)
         return f"const auto v = {value}; " + " ".join(
-            self.writer.write(item, f"v[{i}]") for i, item in enumerate(items)
+            self.writer.write(item, f"v[{i}]", kind) for i, item in enumerate(operand.items)
         )
 
     def address(self, index: int) -> str:
@@ -97,7 +100,7 @@ class Site:
         if not isinstance(operand, Address) or operand.coordinates:
             raise self.unsupported("an address is expected")
         base = self.writer.read(operand.base, "u64")
-        return f"{base} + ({operand.offset}ll)" if operand.offset else base
+        return f"{base} + {operand.offset}" if operand.offset else base
 
 
 Builder = Callable[[Site], str]
@@ -151,6 +154,10 @@ def call(site: Site, function: str, kind: str, arguments: list[str]) -> str:
     return value
 
 
+# What C++ has an operator for, or the compiler a name that needs no overload resolution: most of a kernel.
+OPERATORS = {"add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "mad": "({0} * {1} + {2})"}
+FUSED = {"f32": "__builtin_fmaf({0}, {1}, {2})", "f64": "__builtin_fma({0}, {1}, {2})"}
+
 AS_FMA = {"add": ("{0}", "1.f", "{1}"), "sub": ("{1}", "-1.f", "{0}"), "mul": ("{0}", "{1}", "-0.f")}
 AS_FMA |= {"fma": ("{0}", "{1}", "{2}")}
 
@@ -161,15 +168,20 @@ def arithmetic(site: Site) -> str:
     part = site.take("lo", "hi", "wide")
     rounding = site.take(*ROUNDINGS) or "rn"
     kind = site.type()
-    values = site.reads(kind)
     if name == "mad" and kind.startswith("f"):
         name = "fma"
+    form = FUSED.get(kind) if name == "fma" else OPERATORS[name]
+    if part == "lo" or (part is None and not site.modifiers and rounding == "rn" and kind not in HALVES):
+        unsigned = kind.replace("s", "u")  # wraps around
+        values = site.reads(unsigned)
+        return site.write(form.format(*values), unsigned)
+    values = site.reads(kind)
     if part in ("hi", "wide") or name == "mad":
-        product = {"wide": "mul_wide", "hi": "mul_high"}.get(part, "mul") + f"({values[0]}, {values[1]})"
-        if name == "mul":
-            return site.write(product)
+        product = {"wide": "mul_wide", "hi": "mul_high"}[part] + f"({values[0]}, {values[1]})"
         sum_kind = kind[0] + str(2 * int(kind[1:])) if part == "wide" else kind
-        return site.write(f"add<{TYPES[sum_kind]}>({product}, {site.read(3, sum_kind)})")
+        if name == "mul":
+            return site.write(product, sum_kind)
+        return site.write(f"add<{TYPES[sum_kind]}>({product}, {site.read(3, sum_kind)})", sum_kind)
     if rounding != "rn":
         if kind != "f32":
             raise site.unsupported("directed rounding is supported for f32 only")
@@ -203,19 +215,25 @@ def plain(site: Site) -> str:
 
 @opcode("and", "or", "xor")
 def logic(site: Site) -> str:
-    a, b = site.reads(site.type())
-    return site.write(f"({a} {dict(zip(('and', 'or', 'xor'), '&|^'))[site.instruction.opcode]} {b})")
+    kind = site.type()
+    a, b = site.reads(kind)
+    return site.write(f"({a} {dict(zip(('and', 'or', 'xor'), '&|^'))[site.instruction.opcode]} {b})", kind)
 
 
 @opcode("not")
 def invert(site: Site) -> str:
     kind = site.type()
-    return site.write(f"{'!' if kind == 'pred' else '~'}{site.read(1, kind)}")
+    return site.write(f"{'!' if kind == 'pred' else '~'}{site.read(1, kind)}", kind)
 
 
 @opcode("shl", "shr")
 def shift(site: Site) -> str:
-    return site.write(f"{site.instruction.opcode}({site.read(1, site.type())}, {site.read(2, 'u32')})")
+    kind = site.type()
+    value, by = site.read(1, kind), site.operands[2]
+    if isinstance(by, Number) and 0 <= by.value < int(kind[1:]):
+        operator = "<<" if site.instruction.opcode == "shl" else ">>"
+        return site.write(f"{TYPES[kind]}({value} {operator} {by.value})", kind)
+    return site.write(f"{site.instruction.opcode}({value}, {site.read(2, 'u32')})", kind)
 
 
 @opcode("shf")
@@ -249,6 +267,8 @@ def count_bits(site: Site) -> str:
 
 COMPARISONS = {name: name.upper() for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 COMPARISONS |= {"lo": "LT", "ls": "LE", "hi": "GT", "hs": "GE"}
+OPERATOR_OF = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+OPERATOR_OF |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 UNORDERED = {f"{name}u": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
@@ -260,21 +280,28 @@ def set_predicate(site: Site) -> str:
     a, b = site.read(1, kind), site.read(2, kind)
     if kind in FLUSHED and site.take("ftz"):
         a, b = f"flush({a})", f"flush({b})"
+    direct = OPERATOR_OF.get(comparison)
+    if kind in HALVES or (kind in FLOATS and comparison in ("ne", *UNORDERED)):
+        direct = None
     if comparison in ("num", "nan"):
         value = f"({a} == {a} && {b} == {b})"
         value = value if comparison == "num" else f"!{value}"
+    elif direct:
+        value = f"({a} {direct} {b})"
     else:
         code = COMPARISONS[UNORDERED.get(comparison, comparison)]
         value = f"compare<{code}, {int(comparison in UNORDERED)}>({a}, {b})"
+    if combine is None and not isinstance(site.operands[0], Pair):
+        return site.write(value, "pred")
     third = site.read(3, "pred") if combine else "true"
     join = {"or": "|", "xor": "^"}.get(combine, "&")
-    return f"const bool t = {value}, c = {third}; " + site.write_pair(f"bool(t {join} c)", f"bool(!t {join} c)")
+    return f"const bool t = {value}, c = {third}; " + site.write_pair(f"bool(t {join} c)", f"bool(!t {join} c)", "pred")
 
 
 @opcode("selp")
 def select(site: Site) -> str:
     kind = site.type()
-    return site.write(f"({site.read(3, 'pred')} ? {site.read(1, kind)} : {site.read(2, kind)})")
+    return site.write(f"({site.read(3, 'pred')} ? {site.read(1, kind)} : {site.read(2, kind)})", kind)
 
 
 @opcode("mov")
@@ -284,13 +311,13 @@ def move(site: Site) -> str:
     if isinstance(target, Vector):
         width = int(kind[1:]) // len(target.items)
         return f"const auto t = {site.read(1, kind)}; " + " ".join(
-            site.writer.write(item, f"u{width}(t >> {width * i})") for i, item in enumerate(target.items)
+            site.writer.write(item, f"u{width}(t >> {width * i})", f"u{width}") for i, item in enumerate(target.items)
         )
     if isinstance(source, Vector):
         width = int(kind[1:]) // len(source.items)
         parts = (f"u64({site.writer.read(item, f'u{width}')}) << {width * i}" for i, item in enumerate(source.items))
-        return site.write(f"{TYPES[kind]}({' | '.join(parts)})")
-    return site.write(site.read(1, kind))
+        return site.write(f"{TYPES[kind]}({' | '.join(parts)})", kind)
+    return site.write(site.read(1, kind), kind)
 
 
 @opcode("cvta")
@@ -300,7 +327,7 @@ def convert_address(site: Site) -> str:
     value = site.read(1, site.need("u64"))
     if space.startswith("shared"):
         value = f"{'shared_from_generic' if to else 'generic_from_shared'}({value})"
-    return site.write(value)
+    return site.write(value, "u64")
 
 
 @opcode("cvt")
@@ -339,7 +366,7 @@ def convert(site: Site) -> str:
         value = f"integer_from<{TYPES[to]}, {INTEGER_ROUNDINGS[rounding]}>({value})"
     else:
         value = f"clamp<{TYPES[to]}>({value})" if sat else f"{TYPES[to]}({value})"
-    return site.write(value)
+    return site.write(value, to)
 
 
 # --- Memory ------------------------------------------------------------------------------------------------------
@@ -362,33 +389,37 @@ def space_and_kind(site: Site, kind: str) -> tuple[str, str]:
     return SPACES[space] if space else "GENERIC", f"STRONG_{kind}" if strong else kind
 
 
-def element(site: Site, space: str) -> tuple[str, int]:
-    """C++ type and count of what is loaded or stored."""
+def element(site: Site) -> tuple[str, int]:
+    """Type and count of what is loaded or stored."""
     count = int((site.take("v2", "v4", "v8") or "v1")[1:])
-    kind = TYPES[site.type()]
-    if kind in ("u8", "s8") and space in ("SHARED", "GLOBAL", "GENERIC") and count < 2:
-        raise site.unsupported("single bytes of global and shared memory are below the detector's two-byte cells")
-    return kind, count
+    return site.type(), count
+
+
+def is_byte_access(instruction: Instruction) -> bool:
+    """Whether memory that threads share is accessed by single bytes."""
+    modifiers = set(instruction.modifiers)
+    private = modifiers & {"param", "local"}
+    return instruction.opcode in ("ld", "ldu", "st") and bool(modifiers & {"b8", "u8", "s8"}) and not private
 
 
 @opcode("ld", "ldu")
 def load(site: Site) -> str:
     if site.take("param"):
-        kind, count = element(site, "PARAM")
-        return site.unpack(site.operands[0], f"load_parameter<{kind}, {count}>({site.address(1)})")
+        kind, count = element(site)
+        value = f"load_parameter<{TYPES[kind]}, {count}>({site.address(1)})"
+        return site.unpack(site.operands[0], value, kind)
     space, access = space_and_kind(site, "READ")
-    kind, count = element(site, space)
-    value = f"load<{kind}, {count}>({site.here}, {space}, {site.address(1)}, {access})"
-    return site.unpack(site.operands[0], value)
+    kind, count = element(site)
+    value = f"load<{TYPES[kind]}, {count}>({site.here}, {space}, {site.address(1)}, {access})"
+    return site.unpack(site.operands[0], value, kind)
 
 
 @opcode("st")
 def store(site: Site) -> str:
     space, access = space_and_kind(site, "WRITE")
-    kind = next((modifier for modifier in site.modifiers if modifier in TYPES), "")
-    cpp, count = element(site, space)
+    kind, count = element(site)
     value = site.array(site.operands[1], kind)
-    return f"store<{cpp}, {count}>({site.here}, {space}, {site.address(0)}, {value}, {access});"
+    return f"store<{TYPES[kind]}, {count}>({site.here}, {space}, {site.address(0)}, {value}, {access});"
 
 
 ATOMICS = {"add": "add(old, a)", "min": "min(old, a)", "max": "max(old, a)", "exch": "a"}

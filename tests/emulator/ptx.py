@@ -122,6 +122,7 @@ class Variable:
 class Kernel:
     name: str
     parameters: list[Parameter]
+    most_threads: int = 0  # of a block; 0 where the text sets no bound
     registers: dict[str, str] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     body: list[Label | Instruction] = field(default_factory=list)
@@ -309,8 +310,13 @@ class _Parser:
             while not self.accept(")"):
                 kernel.parameters.append(self.parameter(kernel.parameters))
                 self.accept(",")
-        while self.token.text != "{":  # launch bounds: the emulator has no use for them
-            self.next()
+        while self.token.text != "{":
+            if self.accept(".maxntid", ".reqntid"):
+                kernel.most_threads = self.integer()
+                while self.accept(","):
+                    kernel.most_threads *= self.integer()
+            else:
+                self.next()
         self.next()
         self.location = None
         self.scope_count = 0

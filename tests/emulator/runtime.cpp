@@ -14,6 +14,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <map>
+#include <numeric>
 #include <string>
 #include <sys/mman.h>
 #include <tuple>
@@ -27,7 +28,6 @@ namespace emulator {
 constexpr u32 SHARED_LIMIT = 227 * 1024;  // bytes a block may have
 constexpr u32 REDZONE = 1024;             // bytes behind the dynamic array, as the translator leaves between others
 constexpr u32 PENDING = 0xffffffffu;      // clock of a write whose asynchronous copy has not been waited for
-constexpr u32 CELL = 2;                   // bytes of memory that share a shadow cell
 
 Index ctaid, ntid, nctaid;
 u32 dynamic_shared_bytes, branches, shared_size;
@@ -103,16 +103,28 @@ static std::vector<Traffic> traffic;                   // two a site: global, sh
 static const KernelInfo* kernel;
 static const u8* parameters;
 static Fiber* running;
-static u32 threads, live, block_number, stack_bytes;
+static u32 threads, live, stack_bytes;
+static u32 block_number;                               // 1 for the first block that runs
 static bool aborted, random_order;
 static bool turn_over;                                 // other warps go first, this one may be waiting for them
 static u64 random_state;
+static const u64* chosen_blocks;                       // null: all of the grid
+static u64 block_count;
+static std::vector<u32> block_order;                   // empty: an arithmetic progression modulo the count
+static u64 first_block, block_stride;
 static double time_limit;
 static std::chrono::steady_clock::time_point start;
 
 static u32 random_below(u32 n) {
   random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
   return u32((random_state >> 11) % n);
+}
+
+// The block that runs as number i, as an index into the grid.
+static u64 block_at(u64 i) {
+  if (!block_order.empty()) i = block_order[i];
+  else i = u64((first_block + (unsigned __int128)i * block_stride) % block_count);
+  return chosen_blocks ? chosen_blocks[i] : i;
 }
 
 // ---- reports ----------------------------------------------------------------------------------------------------
@@ -242,15 +254,15 @@ static void check(Thread& self, int site, Cell& c, Kind kind, bool initialised, 
       report("pending", site, &self, "%s %s before the copy that thread %u started was waited for",
              writes ? "write to" : "read of", where, c.writer);
     else
-      report("race", site, &self, "%s %s races with a write by thread %u of block %u", writes ? "write to" : "read of",
-             where, c.writer, c.write_block - 1);
+      report("race", site, &self, "%s %s races with a write by thread %u of block %llu", writes ? "write to" : "read of",
+             where, c.writer, (unsigned long long)block_at(c.write_block - 1));
   }
   if (reads && !initialised && !c.written) report("uninitialised", site, &self, "read of %s, never written", where);
   if (writes) {
     for (int i = 0; i < 2; i++)
       if (!(strong && c.strong_read[i]) && unordered(self, c.read_block[i], c.read_clock[i], c.reader[i]))
-        report("race", site, &self, "write to %s races with a read by thread %u of block %u", where, c.reader[i],
-               c.read_block[i] - 1);
+        report("race", site, &self, "write to %s races with a read by thread %u of block %llu", where, c.reader[i],
+               (unsigned long long)block_at(c.read_block[i] - 1));
     c.write_block = block_number;
     c.write_clock = kind == ASYNC_WRITE ? PENDING : clock_of(self.id)[self.id];
     c.writer = u16(self.id);
@@ -332,7 +344,7 @@ static void flush_counters() {
 
 static void trace(Thread& self, int site, Space space, Cell* cells, u64 address, u32 bytes, Kind kind, bool initialised,
                   const char* where) {
-  for (u64 i = 0; i <= (bytes - 1) / CELL; i++) check(self, site, cells[i], kind, initialised, where);
+  for (u64 i = 0; i <= (bytes - 1) / cell_bytes; i++) check(self, site, cells[i], kind, initialised, where);
   self.fiber->log.push_back({2 * u32(site) + (space == SHARED), address, bytes});
 }
 
@@ -355,7 +367,7 @@ static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) 
            array == kernel->array_count ? " (dynamic)" : "");
     return nullptr;
   }
-  if (TRACE) trace(self, site, SHARED, &shared_cells[at / CELL], at, bytes, kind, false, "shared memory");
+  if (TRACE) trace(self, site, SHARED, &shared_cells[at / cell_bytes], at, bytes, kind, false, "shared memory");
   return shared_memory + at;
 }
 
@@ -395,8 +407,8 @@ static u8* resolve_global(Thread& self, int site, u64 address, u32 bytes, Kind k
   }
   const Extent& e = last_extent[site];
   if (TRACE) {
-    Cell* cells = global_cells + e.shadow + (address - e.low) / CELL;
-    trace(self, site, GLOBAL, cells, address, bytes, kind, e.initialised, name_of(e).text);
+    Cell* cells = global_cells + e.shadow + (address - e.low) / cell_bytes;
+    trace(self, site, GLOBAL, cells, address, bytes, kind, e.initialised == ALWAYS, name_of(e).text);
   }
   return reinterpret_cast<u8*>(address);
 }
@@ -552,8 +564,8 @@ static void finish(Thread& self, std::vector<Copy>& group) {
   for (Copy& c : group) {
     land(c);
     if (!TRACE) continue;
-    for (u32 i = 0; i < c.bytes / CELL; i++) {
-      Cell& cell = shared_cells[c.shared / CELL + i];
+    for (u32 i = 0; i < c.bytes / cell_bytes; i++) {
+      Cell& cell = shared_cells[c.shared / cell_bytes + i];
       if (cell.writer == self.id && cell.write_clock == PENDING) cell.write_clock = clock_of(self.id)[self.id];
     }
   }
@@ -670,11 +682,11 @@ static void report_deadlock() {
 }
 
 static void reset_block() {
-  std::memset(shared_memory, 0xff, shared_size);  // NaN in every float type
+  std::memset(shared_memory, POISON, shared_size);
   if (TRACE) {
     clocks.assign(u64(threads) * threads, 0);
     for (u32 i = 0; i < threads; i++) clock_of(i)[i] = 1;
-    shared_cells.assign(shared_size / CELL + 1, Cell{});
+    shared_cells.assign(shared_size / cell_bytes + 1, Cell{});
   }
   for (Barrier& b : barriers) b.arrived = 0;
   for (auto& warp : meetings)
@@ -723,7 +735,9 @@ struct Request {
   u32 kernel, grid[3], block[3], shared_bytes;
   const u8* parameters;
   const Extent* extents;
-  u64 extent_count, shadow_cells, seed;
+  u64 extent_count, shadow_cells;
+  const u64* blocks;  // null: the whole grid
+  u64 block_count, seed;
   double timeout;
 };
 
@@ -752,6 +766,32 @@ static void* map_zeros(u64 bytes) {
   return p == MAP_FAILED ? nullptr : p;
 }
 
+static void order_blocks(const Request& r) {
+  chosen_blocks = r.blocks;
+  block_count = r.block_count;
+  first_block = 0, block_stride = 1;
+  block_order.clear();
+  if (!random_order) return;
+  if (block_count <= 1u << 20) {
+    block_order = ascending(u32(block_count));
+    shuffle_order(block_order);
+  } else {
+    first_block = random_below(1u << 20);
+    for (block_stride = 1 + random_below(1u << 20); std::gcd(block_stride, block_count) != 1;) block_stride++;
+  }
+}
+
+// Marks the cells whose word is not poison as written.
+static void find_written(const Extent& e) {
+  for (u64 word = e.low / 4 * 4; word < e.high; word += 4) {
+    bool written = false;
+    const u64 low = std::max(word, e.low), high = std::min(word + 4, e.high);
+    for (u64 at = low; at < high; at++) written |= *reinterpret_cast<const u8*>(at) != POISON;
+    if (!written) continue;
+    for (u64 at = low; at < high; at++) global_cells[e.shadow + (at - e.low) / cell_bytes].written = 1;
+  }
+}
+
 static void launch(const Request& r) {
   reports.clear();
   traffic.assign(2 * site_count, Traffic{});
@@ -773,7 +813,7 @@ static void launch(const Request& r) {
   for (u32 i = 0; i < module_variable_count; i++) {
     const ModuleVariable& v = module_variables[i];
     extents.push_back({u64(v.address), u64(v.address) + v.size, cells, -1, v.writable, 1});
-    cells += v.size / CELL + 1;
+    cells += v.size / cell_bytes + 1;
   }
   hints.assign(site_count, Extent{});
   last_extent = hints.data();
@@ -784,6 +824,11 @@ static void launch(const Request& r) {
   global_cells = TRACE ? static_cast<Cell*>(map_zeros(shadow_bytes)) : nullptr;
   if (!stacks || (TRACE && !global_cells)) return report("launch", -1, nullptr, "out of memory");
 
+  order_blocks(r);
+  if (TRACE)
+    for (const Extent& e : extents)
+      if (e.initialised == IF_NOT_POISON) find_written(e);
+
   fibers = std::vector<Fiber>(threads);
   meetings.resize((threads + 31) / 32);
   for (u32 i = 0; i < threads; i++) {
@@ -792,11 +837,10 @@ static void launch(const Request& r) {
     const Index tid{i % ntid.x, i / ntid.x % ntid.y, i / (ntid.x * ntid.y)};
     fibers[i].thread = {tid, i, i % 32, i / 32, &fibers[i]};
   }
-  std::vector<u32> blocks = ascending(nctaid.x * nctaid.y * nctaid.z);
-  shuffle_order(blocks);
-  for (u32 b : blocks) {
-    ctaid = {b % nctaid.x, b / nctaid.x % nctaid.y, b / (nctaid.x * nctaid.y)};
-    block_number = b + 1;
+  for (u64 i = 0; i < block_count; i++) {
+    const u64 b = block_at(i), rows = b / nctaid.x;
+    ctaid = {u32(b % nctaid.x), u32(rows % nctaid.y), u32(rows / nctaid.y)};
+    block_number = u32(i) + 1;
     if (out_of_time(-1, nullptr)) break;
     run_block();
     if (aborted) break;

@@ -33,8 +33,10 @@ struct Extent {
   u64 low, high;
   u64 shadow;        // index of the first shadow cell
   int argument;      // -1: a variable of the module
-  u8 writable, initialised;
+  u8 writable, initialised;  // ALWAYS ...
 };
+enum { NEVER, ALWAYS, IF_NOT_POISON };
+constexpr u8 POISON = 0xff;  // in every byte: NaN in every float type
 extern Extent* last_extent;  // by site: where its previous access went, most often the right one again
 extern u8* shared_memory;
 extern u8* shared_valid;     // one flag a byte: inside a shared array
@@ -148,5 +150,6 @@ struct ModuleVariable {
 extern const KernelInfo kernels[];
 extern const ModuleVariable module_variables[];
 extern const u32 module_variable_count, site_count;
+extern const u32 cell_bytes;  // of memory that share a shadow cell: 1 if the module accesses single bytes, else 2
 
 }  // namespace emulator

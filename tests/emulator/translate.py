@@ -2,10 +2,11 @@
 
 import math
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .opcodes import TYPES, statement
+from .opcodes import TYPES, is_byte_access, statement
 from .ptx import (
     SIZES,
     Address,
@@ -25,6 +26,8 @@ from .ptx import (
 REDZONE = 1024  # bytes between shared arrays, so that one index too many falls between them
 STACK = 96 * 1024  # bytes for the compiler's own use, on top of local arrays and registers
 
+INTEGERS = {f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)}
+
 SPECIAL = {f"%{name}.{axis}": f"{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
 SPECIAL |= {f"%tid.{axis}": f"self.tid.{axis}" for axis in "xyz"}
 SPECIAL |= {"%laneid": "self.lane", "%warpid": "self.warp", "%dynamic_smem_size": "dynamic_shared_bytes"}
@@ -34,12 +37,22 @@ SPECIAL |= {"%lanemask_ge": "~((1u << self.lane) - 1)"}
 
 
 @dataclass(frozen=True)
+class KernelInfo:
+    """What a launch must know of a kernel."""
+
+    parameters: list[Parameter]
+    shared_bytes: int  # of its static arrays
+    most_threads: int  # of a block, from its launch bounds; 0 without
+
+
+@dataclass(frozen=True)
 class Translation:
     """C++ of a module, and what its numbers mean."""
 
     code: str
-    kernels: dict[str, list[Parameter]]  # in the order of the table in the code
+    kernels: dict[str, KernelInfo]  # in the order of the table in the code
     sites: list[Instruction]  # by site number
+    cell_bytes: int  # of memory that the detector tells apart
 
     def place(self, site: int) -> Location | str:
         """Where a site is in the source; its PTX line where the text has no line information."""
@@ -51,6 +64,18 @@ class Translation:
 def identifier(prefix: str, name: str) -> str:
     """A C++ name, apart from those of the runtime: `$` is legal, `%` and `.` are not."""
     return prefix + re.sub(r"[^\w$]", "_", name)
+
+
+def literal(number: Number, target: str) -> str:
+    """A number as a C++ expression of a type of arithmetic.h."""
+    bits, value = number.float_bits, number.value
+    if bits == 0 and target in INTEGERS:
+        return f"{target}({value})" if 0 <= value < 2**31 else f"{target}({value % 2**64}ull)"
+    if target == f"f{bits}":
+        decoded = struct.unpack("<f" if bits == 32 else "<d", value.to_bytes(bits // 8, "little"))[0]
+        if math.isfinite(decoded):
+            return f"({decoded.hex()}{'f' if bits == 32 else ''})"
+    return f"as<{target}>(u{bits or 64}({value % 2**64}ull))"
 
 
 def register(name: str) -> str:
@@ -84,34 +109,54 @@ class _KernelWriter:
         dynamic = math.ceil((end + REDZONE) / 1024) * 1024
         return offsets | {v.name: dynamic for v in self.shared if v.dynamic}, dynamic
 
+    @property
+    def shared_bytes(self) -> int:
+        """What the static shared arrays take, laid out without the zones between them."""
+        end = 0
+        for v in self.shared:
+            end = math.ceil(end / v.align) * v.align + v.size
+        return end
+
     # What the opcode table asks
+
+    # The compiler spends most of its time on reading, so a conversion is written only where the types differ.
 
     def read(self, operand: Operand, kind: str) -> str:
         target = TYPES[kind]
         if isinstance(operand, Number):
-            if operand.float_bits:
-                return f"as<{target}>(u{operand.float_bits}({operand.value}ull))"
-            return f"as<{target}>(u64({operand.value % 2**64}ull))"
+            return literal(operand, target)
         if not isinstance(operand, Name):
             raise PtxError(f"a register, a number or a variable is expected. Received: {operand}")
-        value = f"as<{target}>({self._value(operand.text)})"
+        held = self._type(operand.text)
+        value = self._value(operand.text)
+        if held != target:
+            value = f"{target}({value})" if {held, target} <= INTEGERS else f"as<{target}>({value})"
         return f"!{value}" if operand.negated else value
 
-    def write(self, operand: Operand, value: str) -> str:
+    def write(self, operand: Operand, value: str, kind: str | None = None) -> str:
         if not isinstance(operand, Name):
             raise PtxError(f"a register is expected. Received: {operand}")
         if operand.text == "_":
             return f"{value};"
         if operand.text not in self.kernel.registers:
             raise PtxError(f"an undeclared register. Received: {operand.text}")
-        target = register(operand.text)
-        return f"{target} = as<decltype({target})>({value});"
+        held, given = self._type(operand.text), kind and TYPES[kind]
+        if held != given and not {held, given} <= INTEGERS:
+            value = f"as<{held}>({value})"
+        return f"{register(operand.text)} = {value};"
 
     def label(self, name: str) -> str:
         return identifier("L_", name)
 
     def is_backward(self, name: str) -> bool:
         return self.positions[name] < self.at
+
+    def _type(self, name: str) -> str:
+        """The C++ type of what `_value` gives; None where it takes a conversion in any case."""
+        kind = self.kernel.registers.get(name)
+        if kind is None:
+            return "u32" if name in SPECIAL else "u64"
+        return TYPES[kind] if kind in ("f32", "f64", "pred") else f"u{8 * SIZES[kind]}"
 
     def _value(self, name: str) -> str:
         if name in self.kernel.registers:
@@ -131,9 +176,7 @@ class _KernelWriter:
     def function(self, index: int, sites: list[Instruction]) -> str:
         registers = self.kernel.registers
         lines = [f"static void kernel_{index}(Thread& self, const u8* parameters) {{  // {self.kernel.name}"]
-        for name, kind in registers.items():
-            cpp = "bool" if kind == "pred" else f"u{8 * SIZES[kind]}"
-            lines.append(f"  {cpp} {register(name)} = 0;")
+        lines += [f"  {self._type(name)} {register(name)} = 0;" for name in registers]
         lines += [f"  alignas({v.align}) u8 {variable(v.name)}[{v.size}];" for v in self.local.values()]
         for at, item in enumerate(self.kernel.body):
             self.at = at
@@ -147,7 +190,7 @@ class _KernelWriter:
                     raise
                 raise PtxError(f"PTX line {item.line}: {error} in {item}") from None
             guard = f"if ({self.read(item.guard, 'pred')}) " if item.guard else ""
-            lines.append(f"  {guard}{{ {code} }}")
+            lines.append(f"  {guard}{{ {code} }}" if guard or "; " in code else f"  {code}")
             sites.append(item)
         return "\n".join([*lines, "}"])
 
@@ -182,15 +225,17 @@ def translate(program: Program) -> Translation:
         data = ", ".join(map(str, v.data))
         lines.append(f"alignas({max(v.align, 16)}) static u8 {variable(v.name)}[{max(v.size, 1)}] = {{{data}}};")
     rows = [f"  {{{variable(v.name)}, {v.size}, {str(v.space == 'global').lower()}}}," for v in variables]
-    table = []
+    table, infos = [], {}
     for index, kernel in enumerate(program.kernels.values()):
         writer = _KernelWriter(kernel, program)
+        infos[kernel.name] = KernelInfo(kernel.parameters, writer.shared_bytes, kernel.most_threads)
         lines.append(writer.function(index, sites))
         arrays, row = writer.info(index)
         lines.append(arrays)
         table.append(row)
     lines += ["const KernelInfo kernels[] = {", *table, "};"]
     lines += ["const ModuleVariable module_variables[] = {", *rows, "  {nullptr, 0, false},", "};"]
-    lines += [f"const u32 module_variable_count = {len(variables)}, site_count = {len(sites)};", "}"]
-    kernels = {kernel.name: kernel.parameters for kernel in program.kernels.values()}
-    return Translation("\n".join(lines) + "\n", kernels, sites)
+    cell_bytes = 1 if any(map(is_byte_access, sites)) else 2
+    lines += [f"const u32 module_variable_count = {len(variables)}, site_count = {len(sites)};"]
+    lines += [f"const u32 cell_bytes = {cell_bytes};", "}"]
+    return Translation("\n".join(lines) + "\n", infos, sites, cell_bytes)

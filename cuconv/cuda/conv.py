@@ -1,0 +1,54 @@
+"""Convolution and its kernel gradient on a runtime: plan, allocate, launch."""
+
+from __future__ import annotations
+
+from cuconv.activations import Activation
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, writing
+from cuconv.geometry import ConvShape
+from cuconv.plan.conv import plan_conv, plan_kernel_grad
+from cuconv.plan.types import ELEMENTS
+
+
+def conv(
+    runtime: Runtime,
+    shape: ConvShape,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    activation: Activation | None,
+    out: Array,
+    workspace: int,
+) -> None:
+    """Write ``activation(conv(x, w) + bias)`` to `out`; arguments as :func:`cuconv.reference.conv.conv`."""
+    if out.size == 0:
+        return
+    x, w, bias = (compact(runtime, array) for array in (x, w, bias))
+    with writing(runtime, out) as y:
+        aligned = (alignment(runtime, x), alignment(runtime, w), alignment(runtime, y))
+        plan = plan_conv(shape, x.dtype.name, name_of(activation), aligned, runtime.limits)
+        runtime.launch(plan, (x, w, bias, y))
+
+
+def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
+    """Write the gradient of the kernel to `out`; arguments as :func:`cuconv.reference.conv.kernel_grad`.
+
+    The same bits on every call: how positions are split depends on the shape, the device and `workspace` only.
+    """
+    if dy.size == 0 or x.size == 0:
+        out[...] = 0
+        return
+    x, dy = compact(runtime, x), compact(runtime, dy)
+    with writing(runtime, out) as dw:
+        aligned = (alignment(runtime, x), alignment(runtime, dy), alignment(runtime, dw))
+        plan = plan_kernel_grad(shape, x.dtype.name, aligned, workspace, runtime.limits)
+        if plan.reduce is None:
+            runtime.launch(plan.grad, (x, dy, dw))
+        else:
+            partial = runtime.empty((plan.partial,), ELEMENTS[x.dtype.name].sum_dtype)
+            runtime.launch(plan.grad, (x, dy, partial))
+            runtime.launch(plan.reduce, (partial, dw))
+
+
+def name_of(activation: Activation | None) -> str:
+    """The name by which kernels know a fused activation."""
+    return "linear" if activation is None else activation.name

@@ -1,0 +1,37 @@
+"""Transposed convolution, which is the input gradient of a convolution with its kernel conjugated, on a runtime."""
+
+from __future__ import annotations
+
+from cuconv.activations import Activation
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, writing
+from cuconv.cuda.conv import name_of
+from cuconv.geometry import ConvShape
+from cuconv.plan.transpose import plan_transpose
+
+
+def conv_transpose(
+    runtime: Runtime,
+    shape: ConvShape,
+    y: Array,
+    w: Array,
+    bias: Array | None,
+    activation: Activation | None,
+    out: Array,
+    workspace: int,
+) -> None:
+    """Write the transposed convolution of `y` to `out`; as :func:`cuconv.reference.transpose.conv_transpose`.
+
+    Repacked weights are allocated on top of `workspace`: they are as large as `w`, or as the phases of one stride that
+    stand side by side.
+    """
+    if out.size == 0:
+        return
+    y, w, bias = (compact(runtime, array) for array in (y, w, bias))
+    with writing(runtime, out) as target:
+        aligned = (alignment(runtime, y), alignment(runtime, w), alignment(runtime, target))
+        plan = plan_transpose(shape, y.dtype.name, name_of(activation), aligned, runtime.limits)
+        packed = runtime.empty((plan.packed,), y.dtype)
+        for part in plan.parts:
+            if part.pack is not None:
+                runtime.launch(part.pack, (w, packed))
+            runtime.launch(part.conv, (y, packed, bias, target))

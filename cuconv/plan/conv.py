@@ -1,0 +1,262 @@
+"""Plans of convolutions and their kernel gradients on the ordinary arithmetic units."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from cuconv.geometry import CHANNELS_LAST, ConvShape
+from cuconv.plan.reduce import plan_reduce
+from cuconv.plan.simt import BK, Operands, Product, Tile, choose_tile
+from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS, VECTOR_BYTES, DeviceLimits, Element, LaunchPlan, vector
+from cuconv.plan.types import index_bytes as _index_bytes
+
+# A split sums at least this many positions: fewer, and its result costs more to store than to compute.
+LEAST_CHUNK = 128
+WAVES = 4  # blocks a multiprocessor that splitting aims at, so that the last ones to finish matter little
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_conv(
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, int, int], limits: DeviceLimits
+) -> LaunchPlan:
+    """The plan of a convolution, for the arrays (x, w, bias, y).
+
+    Args:
+        activation: a name of ACTIVATION_CODES.
+        aligned: elements by which x, w and y lie behind a 16-byte boundary.
+    """
+    columns = shape.filters // shape.groups
+    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
+    form = Form(shape, columns, depth, shape.filters, columns, _span(shape))
+    return plan_form(form, dtype, activation, aligned, limits)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What conv_simt.cu computes: the convolution `shape` with a matrix of weights, and where results go.
+
+    Attributes:
+        columns, depth: N and K of one group's product.
+        w_pitch, w_group: elements from one row of weights to the next, and from one group's to the next.
+        span: taps * dilation an axis.
+        upsampled: (full, up, phases, shift), each one integer an axis; empty for a plain convolution.
+    """
+
+    shape: ConvShape
+    columns: int
+    depth: int
+    w_pitch: int
+    w_group: int
+    span: tuple[int, ...]
+    upsampled: tuple[tuple[int, ...], ...] = ()
+
+
+def plan_form(
+    form: Form, dtype: str, activation: str, aligned: tuple[int, int, int], limits: DeviceLimits
+) -> LaunchPlan:
+    """The launch of conv_simt.cu for `form`; arguments as :func:`plan_conv`."""
+    shape, element = form.shape, ELEMENTS[dtype]
+    last = shape.data_format == CHANNELS_LAST
+    channels = shape.in_channels // shape.groups
+    positions = shape.batch * math.prod(shape.out_size)
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    sizes, phases = shape.out_size, 1
+    if form.upsampled:
+        sizes, phases = form.upsampled[0], math.prod(form.upsampled[2])
+    y_size = shape.batch * math.prod(sizes) * form.columns // phases * shape.groups
+    w_size = form.depth * form.columns * shape.groups
+
+    block = VECTOR_BYTES // element.sum_bytes
+    contiguous = not form.upsampled or max(form.upsampled[1]) == 1
+    neighbours = form.columns // phases if last else math.prod(sizes) if contiguous else 1
+    vector_y = vector(element.bytes, block, neighbours, aligned[2])
+    # The last positions and values of k of a tile lie behind the end, and their indices are computed all the same.
+    furthest = max(
+        n + 2 * (span + BK * d) for n, span, d in zip(shape.in_size, form.span, shape.dilation_rate, strict=True)
+    )
+    reach = max(
+        n * s + pad for n, s, pad in zip(shape.out_size, shape.strides, map(abs, shape.pad_before), strict=True)
+    )
+    width = _index_bytes(
+        2 * x_size, 2 * y_size, (form.depth + 2 * BK) * form.w_pitch + w_size, positions + 256, 2 * furthest, 2 * reach
+    )
+    operands = Operands(
+        vector_x=vector(element.bytes, channels, aligned[0]) if last else 1,
+        vector_w=vector(element.bytes, form.columns, aligned[1]),
+        transposed=not last,
+        gradient=False,
+        index_bytes=width,
+        rank=shape.rank,
+        least_bytes=(x_size + w_size + y_size) * element.bytes,
+    )
+    product = Product(positions, form.columns, form.depth, shape.groups)
+    tile, rejected = choose_tile(product, element, operands, limits)
+    return LaunchPlan(
+        kernel="conv_simt",
+        constants=(
+            *_base_constants(shape, element, width),
+            ("UPSAMPLED", int(bool(form.upsampled))),
+            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            *tile.constants,
+            ("VECX", tile.vector_x),
+            ("VECW", tile.vector_w),
+            ("VECY", vector_y),
+        ),
+        integers=(
+            positions,
+            form.columns,
+            form.depth,
+            tile.blocks_m,
+            tile.blocks_n,
+            shape.groups,
+            channels,
+            form.w_pitch,
+            form.w_group,
+            *shape.in_size,
+            *shape.out_size,
+            *shape.strides,
+            *shape.dilation_rate,
+            *shape.pad_before,
+            *form.span,
+            *(size for sizes in form.upsampled for size in sizes),
+        ),
+        **_launch(tile, width),
+        reason=f"{tile}; {_why(tile, product, limits)}",
+        rejected=tuple(rejected),
+    )
+
+
+@dataclass(frozen=True)
+class KernelGradPlan:
+    """The launches of a kernel gradient: `grad`, and where positions are split, `reduce` of its partial sums.
+
+    Attributes:
+        partial: elements of the sum dtype that the partial sums take; 0 if there are none.
+    """
+
+    grad: LaunchPlan
+    reduce: LaunchPlan | None
+    partial: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_kernel_grad(
+    shape: ConvShape, dtype: str, aligned: tuple[int, int, int], workspace: int, limits: DeviceLimits
+) -> KernelGradPlan:
+    """The plan of a kernel gradient, for the arrays (x, dy, dw) or (x, dy, partial sums).
+
+    Args:
+        aligned: elements by which x, dy and dw lie behind a 16-byte boundary.
+        workspace: bytes that partial sums may take.
+    """
+    element = ELEMENTS[dtype]
+    last = shape.data_format == CHANNELS_LAST
+    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    rows = math.prod(shape.kernel_size) * channels
+    positions = shape.batch * math.prod(shape.out_size)
+    count = rows * shape.filters
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    dy_size = positions * shape.filters
+    most = max(1, min(positions // LEAST_CHUNK, workspace // (count * element.sum_bytes)))
+
+    furthest = max(n + span for n, span in zip(shape.in_size, _span(shape), strict=True))
+    reach = max(
+        n * s + pad for n, s, pad in zip(shape.out_size, shape.strides, map(abs, shape.pad_before), strict=True)
+    )
+    width = _index_bytes(2 * x_size, 2 * dy_size, most * count + 256, positions + 2 * BK, 4 * furthest, 4 * reach)
+    operands = Operands(
+        vector_x=vector(element.bytes, channels, aligned[0]) if last else 1,
+        vector_w=vector(element.bytes, columns, aligned[1]) if last else 1,
+        transposed=not last,
+        gradient=True,
+        index_bytes=width,
+        rank=shape.rank,
+        least_bytes=(x_size + dy_size + count) * element.bytes,
+    )
+    whole, _ = choose_tile(Product(rows, columns, positions, shape.groups), element, operands, limits)
+    splits = min(most, max(1, WAVES * limits.multiprocessors // whole.blocks))
+    chunk = -(-positions // (splits * BK)) * BK
+    splits = -(-positions // chunk)
+    product = Product(rows, columns, positions, shape.groups, splits)
+    tile, rejected = choose_tile(product, element, operands, limits)
+    # Partial sums are an array of their own, which begins on a boundary.
+    target_bytes, target_aligned = (element.sum_bytes, 0) if splits > 1 else (element.bytes, aligned[2])
+    block = VECTOR_BYTES // element.sum_bytes
+    grad = LaunchPlan(
+        kernel="kernel_grad_simt",
+        constants=(
+            *_base_constants(shape, element, width),
+            ("SPLIT", int(splits > 1)),
+            *tile.constants,
+            ("VECX", tile.vector_x),
+            ("VECD", tile.vector_w),
+            ("VECW", vector(target_bytes, block, columns, target_aligned)),
+        ),
+        integers=(
+            positions,
+            chunk,
+            rows,
+            columns,
+            tile.blocks_m,
+            tile.blocks_n,
+            shape.groups,
+            channels,
+            *shape.in_size,
+            *shape.out_size,
+            *shape.kernel_size,
+            *shape.strides,
+            *shape.dilation_rate,
+            *shape.pad_before,
+        ),
+        **_launch(tile, width),
+        reason=f"{tile}; {splits} parts of {chunk} positions; {_why(tile, product, limits)}",
+        rejected=tuple(rejected),
+    )
+    if splits == 1:
+        return KernelGradPlan(grad, None, 0)
+    return KernelGradPlan(grad, plan_reduce(dtype, splits, count, aligned[2], limits), splits * count)
+
+
+def _span(shape: ConvShape) -> tuple[int, ...]:
+    return tuple(k * d for k, d in zip(shape.kernel_size, shape.dilation_rate, strict=True))
+
+
+def _furthest(shape: ConvShape) -> int:
+    """Twice the largest coordinate that a window or a step beyond the last tap comes to; kernels need the room."""
+    axes = zip(
+        shape.in_size, shape.out_size, shape.strides, shape.k_eff, shape.dilation_rate, shape.pad_before, strict=True
+    )
+    return 2 * max(  # type: ignore[no-any-return]  # sizes are integers here
+        n + m * s + k_eff + BK * d + abs(pad) for n, m, s, k_eff, d, pad in axes
+    )
+
+
+def _base_constants(shape: ConvShape, element: Element, width: int) -> tuple[tuple[str, int | str], ...]:
+    return (
+        ("ELEMENT", element.c_type),
+        ("INDEX", "int" if width == 4 else "long long"),
+        ("RANK", shape.rank),
+        ("CHANNELS_FIRST", int(shape.data_format != CHANNELS_LAST)),
+    )
+
+
+def _launch(tile: Tile, width: int) -> dict[str, Any]:
+    return {
+        "grid": (tile.blocks, 1, 1),
+        "block": (tile.threads, 1, 1),
+        "index_bytes": width,
+        "shared_bytes": tile.shared_bytes,
+        "registers": tile.registers,
+        "cost": tile.cost,
+    }
+
+
+def _why(tile: Tile, product: Product, limits: DeviceLimits) -> str:
+    """How much of the work is useful, and how full the device is."""
+    useful = 100 * tile.cost.least_flops / max(1, tile.cost.flops)
+    rounds = tile.blocks / limits.multiprocessors
+    accesses = f"{tile.vector_x} and {tile.vector_w} elements an access"
+    return f"{useful:.0f} % of its products count, {rounds:.1f} blocks a multiprocessor, {accesses}"

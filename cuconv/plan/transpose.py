@@ -1,0 +1,206 @@
+"""Plans of transposed convolutions and input gradients: convolutions with repacked weights, in sub-pixel form.
+
+Output u of an axis collects ``y[p] * w[r]`` from every p and r with ``p*s + r*d - pad = u``. Written as
+``u + pad = q*s + rho``, that fixes r modulo ``s / gcd(s, d)``: the taps of one phase rho are ``first``,
+``first + step``, ... and the inputs they meet lie ``d / gcd(s, d)`` apart, a plain convolution of stride 1 over q.
+
+With d = 1 all phases of an axis read the same inputs, ``q, q - 1, ...``. They are merged: their weights stand side by
+side as columns of one product, k / s taps deep. Otherwise, and where merging would multiply mostly zeros (a stride
+longer than the kernel), every phase is a launch of its own. No zero is inserted, nothing is scattered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+from cuconv.geometry import ConvShape
+from cuconv.plan.conv import Form, plan_form
+from cuconv.plan.simt import LAUNCH_SECONDS, total
+from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes
+
+TILE, ROWS = 32, 8  # of pack_weights.cu
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One axis of one launch.
+
+    Attributes:
+        taps: of the convolution over q; tap a is tap ``first + rho + (taps - 1 - a) * step`` of the kernel.
+        phases: rho = 0 .. phases - 1 are columns of the product.
+        dilation, pad, count: of the convolution over q, and how many q there are.
+        up, shift: q and rho stand for output ``q * up + rho + shift``.
+    """
+
+    taps: int
+    phases: int
+    first: int
+    step: int
+    dilation: int
+    pad: int
+    count: int
+    up: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A convolution, and the packing of its weights before it; `pack` is None where no tap reaches these outputs."""
+
+    pack: LaunchPlan | None
+    conv: LaunchPlan
+
+
+@dataclass(frozen=True)
+class TransposePlan:
+    """The launches of a transposed convolution, one after the other; they share `packed` elements of packed weights."""
+
+    parts: tuple[Part, ...]
+    packed: int
+    reason: str
+
+    @property
+    def cost(self) -> Cost:
+        """Of all launches."""
+        return total(launch.cost for part in self.parts for launch in (part.pack, part.conv) if launch is not None)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_transpose(
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, int, int], limits: DeviceLimits
+) -> TransposePlan:
+    """The plan of the transpose of `shape`: its input is ``shape.y_shape``, its output ``shape.x_shape``.
+
+    Args:
+        activation: a name of ACTIVATION_CODES.
+        aligned: elements by which y, w and the output lie behind a 16-byte boundary.
+    """
+    can_merge = [s == 1 or d == 1 for s, d in zip(shape.strides, shape.dilation_rate, strict=True)]
+    merged = _plan(shape, dtype, activation, aligned, limits, can_merge)
+    if math.prod(shape.strides) == 1 or not any(can_merge):
+        return merged
+    apart = _plan(shape, dtype, activation, aligned, limits, [s == 1 for s in shape.strides])
+    return merged if merged.cost.seconds <= apart.cost.seconds else apart
+
+
+def _plan(
+    shape: ConvShape,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, int, int],
+    limits: DeviceLimits,
+    merge: list[bool],
+) -> TransposePlan:
+    axes = [axis_phases(shape, axis, merge[axis]) for axis in range(shape.rank)]
+    parts = []
+    packed = 0
+    for phases in itertools.product(*axes):
+        part, size = _part(shape, phases, dtype, activation, aligned, limits)
+        parts.append(part)
+        packed = max(packed, size)
+    side = math.prod(s for s, together in zip(shape.strides, merge, strict=True) if together)
+    reason = f"sub-pixel form, {len(parts)} product(s) with {side} phase(s) side by side in the columns"
+    return TransposePlan(tuple(parts), packed, reason)
+
+
+def axis_phases(shape: ConvShape, axis: int, merge: bool) -> list[Phase]:
+    """The phases of one axis: one that stands for all of them, or one for each that has outputs."""
+    k, s, d = shape.kernel_size[axis], shape.strides[axis], shape.dilation_rate[axis]
+    pad, size = shape.pad_before[axis], shape.in_size[axis]
+    if merge and s > 1:
+        # Outputs pad .. pad + size - 1 of the uncropped product are those of q = low .. high.
+        low, high = pad // s, (pad + size - 1) // s
+        taps = -(-k // s)
+        return [Phase(taps, s, 0, s, 1, taps - 1 - low, high - low + 1, s, low * s - pad)]
+    found = []
+    common = math.gcd(s, d)
+    step, dilation = s // common, d // common
+    for rho in range(s):
+        low, high = -(-(pad - rho) // s), (pad + size - 1 - rho) // s
+        if high < low:
+            continue
+        # The first tap of this phase: r * d = rho modulo s, which needs rho to be a multiple of gcd(s, d).
+        first = rho // common * pow(dilation, -1, step) % step if rho % common == 0 else k
+        taps = max(0, -(-(k - first) // step))
+        ahead = (first * d - rho) // s  # q - ahead is the input that the first tap meets
+        before = (taps - 1) * dilation + ahead - low if taps else 0
+        found.append(Phase(taps, 1, first, step, dilation, before, high - low + 1, s, low * s + rho - pad))
+    return found
+
+
+def _part(
+    shape: ConvShape,
+    phases: tuple[Phase, ...],
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, int, int],
+    limits: DeviceLimits,
+) -> tuple[Part, int]:
+    """The launches for one phase of every axis, and the elements of its packed weights."""
+    channels, filters = shape.in_channels // shape.groups, shape.filters // shape.groups
+    taps, side = math.prod(phase.taps for phase in phases), math.prod(phase.phases for phase in phases)
+    depth, columns = taps * filters, side * channels
+    part = dataclasses.replace(
+        shape,
+        in_size=shape.out_size,
+        out_size=tuple(phase.count for phase in phases),
+        in_channels=shape.filters,
+        filters=columns * shape.groups,
+        kernel_size=tuple(phase.taps for phase in phases),
+        strides=(1,) * shape.rank,
+        dilation_rate=tuple(phase.dilation for phase in phases),
+        pad_before=tuple(phase.pad for phase in phases),
+    )
+    span = tuple(phase.taps * phase.dilation if taps else 0 for phase in phases)
+    upsampled = (
+        shape.in_size,
+        tuple(phase.up for phase in phases),
+        tuple(phase.phases for phase in phases),
+        tuple(phase.shift for phase in phases),
+    )
+    form = Form(part, columns, depth, columns, depth * columns, span, upsampled)
+    conv = plan_form(form, dtype, activation, (aligned[0], 0, aligned[2]), limits)
+    pack = _plan_pack(shape, phases, dtype, limits) if taps else None
+    return Part(pack, conv), depth * columns * shape.groups
+
+
+def _plan_pack(shape: ConvShape, phases: tuple[Phase, ...], dtype: str, limits: DeviceLimits) -> LaunchPlan:
+    element = ELEMENTS[dtype]
+    channels, filters = shape.in_channels // shape.groups, shape.filters // shape.groups
+    tiles_c, tiles_f = -(-channels // TILE), -(-filters // TILE)
+    matrices = math.prod(phase.taps * phase.phases for phase in phases) * shape.groups
+    size = math.prod(shape.w_shape)
+    packed = matrices * channels * filters
+    width = index_bytes(2 * size, 2 * packed)
+    moved = (size + packed) * element.bytes
+    return LaunchPlan(
+        kernel="pack_weights",
+        constants=(
+            ("ELEMENT", element.c_type),
+            ("INDEX", "int" if width == 4 else "long long"),
+            ("RANK", shape.rank),
+        ),
+        integers=(
+            shape.groups,
+            channels,
+            filters,
+            tiles_c,
+            tiles_f,
+            *shape.kernel_size,
+            *(phase.taps for phase in phases),
+            *(phase.phases for phase in phases),
+            *(phase.first for phase in phases),
+            *(phase.step for phase in phases),
+        ),
+        grid=(tiles_c * tiles_f * matrices, 1, 1),
+        block=(TILE * ROWS, 1, 1),
+        index_bytes=width,
+        shared_bytes=TILE * (TILE + 1) * element.bytes,
+        registers=32,
+        reason=f"{matrices} transposed matrices of {channels} x {filters}",
+        cost=Cost(0, 0, moved, moved, moved / limits.bandwidth + LAUNCH_SECONDS),
+    )

@@ -1,0 +1,244 @@
+// conv_simt.cu -- convolution of any rank as an implicit matrix product on the ordinary arithmetic units.
+//
+//   y[b,p,f] = act( bias[f] + sum over r,c of  x[b, p*stride + r*dilation - pad, c] * w[r,c,f] )
+//   x reads as zero outside its bounds.
+//
+// Twin   cuconv/reference/conv.py::conv, transpose.py::conv_transpose      Plan  cuconv/plan/conv.py, transpose.py
+// Test   tests/test_conv_kernels.py
+//
+// As a matrix product, for each of G groups:  M = B*P positions, N = columns, K = taps * C/G.
+//
+// Arrays, C-contiguous (channels last; CHANNELS_FIRST has the channels on axis 1)
+//   x [B, L.., C]   w [K, N] of a group, rows w_pitch and groups w_group apart   bias [F]   y [B, P.., F]
+//
+// UPSAMPLED: transposed convolution in sub-pixel form. The positions are q, the columns (rho.., c) of a packed kernel
+// (pack_weights.cu), and the product goes to y[b, q*up + rho + shift, c], which exists inside `full` only.
+//
+// Work split
+//   blockIdx.x   group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows of x
+//   one thread   TM x TN sums (simt.cuh); it loads ROWS positions at SLOTS values of k, and LOADS vectors of w, a step
+//
+// Shared memory, two stages of one step each:  xs [2][BK][BM + V]   ws [2][BK][BN]
+//   Elements are widened when they are staged, x is transposed. While one stage is multiplied the next step is on its
+//   way in registers; one barrier a step.
+
+#include "simt.cuh"
+
+// Set by the plan, besides those of simt.cuh: CHANNELS_FIRST UPSAMPLED ACTIVATION   VECX VECW VECY MIN_BLOCKS
+constexpr int VECTORS_K = BK / VECX;
+constexpr int SLOTS = CHANNELS_FIRST ? BK * 32 / THREADS : 1;
+constexpr int ROWS = CHANNELS_FIRST ? BM / 32 : BM * VECTORS_K / THREADS;
+constexpr int ROW_STEP = CHANNELS_FIRST ? 32 : THREADS / VECTORS_K;
+static_assert(SLOTS * ROWS * VECX * THREADS == BM * BK, "threads must share the loads of x evenly");
+static_assert(!CHANNELS_FIRST || VECX == 1, "channels_first reads x position by position");
+
+constexpr int VECTORS_N = BN / VECW;
+constexpr int LOADS = ceil_div(BK * VECTORS_N, THREADS);
+
+struct Params {
+  const E* x;
+  const E* w;
+  const E* bias;  // null: none
+  E* y;
+  Index positions, columns, depth;  // M, N, K of one group
+  Index tiles_m, tiles_n;
+  Index groups, channels;  // channels of x in one group
+  Index w_pitch, w_group;
+  Index in[RANK], out[RANK], stride[RANK], dilation[RANK], pad[RANK];
+  Index span[RANK];  // taps * dilation
+#if UPSAMPLED
+  Index full[RANK], up[RANK], phases[RANK], shift[RANK];
+#endif
+};
+
+// The k of one slot: its channel, its tap as the distance from the first input of a window, and both as an offset in x.
+struct Depth {
+  Index channel, reach[RANK], offset;
+};
+
+// Carries whole taps out of the channel of `d`, and finds its offset. Behind the last k, reach[0] is span[0] or more.
+__device__ __forceinline__ void settle(Depth& d, const Params& p, Index step_l, Index step_c) {
+  while (d.channel >= p.channels) {
+    d.channel -= p.channels;
+#pragma unroll
+    for (int a = RANK - 1; a >= 0; --a) {
+      d.reach[a] += p.dilation[a];
+      if (a == 0 || d.reach[a] < p.span[a]) break;
+      d.reach[a] = 0;
+    }
+  }
+  d.offset = linear(d.reach, p.in) * step_l + d.channel * step_c;
+}
+
+// Part of an index of y: rows of the product have one, columns the other, and their sum is a place.
+struct Place {
+  Index offset;
+#if UPSAMPLED
+  Index at[RANK];
+#endif
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(const __grid_constant__ Params p) {
+  __shared__ alignas(16) S xs[2][BK][BM + V];
+  __shared__ alignas(16) S ws[2][BK][BN];
+
+  Index tile = blockIdx.x;
+  const Index n0 = tile % p.tiles_n * BN;  // first column
+  tile /= p.tiles_n;
+  const Index m0 = tile % p.tiles_m * BM;  // first position
+  const Index g = tile / p.tiles_m;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+
+  // Elements from one position of x to the next, and from one channel to the next.
+  const Index step_l = CHANNELS_FIRST ? 1 : p.groups * p.channels;
+  const Index step_c = CHANNELS_FIRST ? volume(p.in) : 1;
+  const E* const x = p.x + g * p.channels * step_c;
+  const E* const w = p.w + g * p.w_group + n0;
+
+  // The windows of this thread's positions: first input on every axis, and its offset in x. A position behind the last
+  // one gets a window outside of x.
+  const int row0 = CHANNELS_FIRST ? lane : thread / VECTORS_K;
+  Index window[ROWS][RANK], origin[ROWS];
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const Index m = m0 + row0 + i * ROW_STEP;
+    const Index b = split(m, p.out, window[i]);
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) window[i][a] = window[i][a] * p.stride[a] - p.pad[a];
+    origin[i] = b * p.groups * p.channels * volume(p.in) + linear(window[i], p.in) * step_l;
+    if (m >= p.positions) window[i][0] = NOWHERE;
+  }
+  Depth depth[SLOTS];
+#pragma unroll
+  for (int j = 0; j < SLOTS; ++j) {
+    depth[j] = {};
+    depth[j].channel = CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX;
+    settle(depth[j], p, step_l, step_c);
+  }
+
+  // 1. Stage: from global memory to registers, and a step later to shared memory.
+  Vector<E, VECX> xr[SLOTS][ROWS];
+  Vector<E, VECW> wr[LOADS];
+  Index k0 = 0;  // the first k that has not been fetched
+  const auto fetch = [&] {
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        bool inside = depth[j].reach[0] < p.span[0];
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) inside = inside && within(window[i][a] + depth[j].reach[a], p.in[a]);
+        xr[j][i] = load_or_zero<VECX>(x + origin[i] + depth[j].offset, inside);
+      }
+      depth[j].channel += BK;
+      settle(depth[j], p, step_l, step_c);
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) {
+      const int at = thread + i * THREADS;
+      const Index k = k0 + at / VECTORS_N, n = at % VECTORS_N * VECW;
+      wr[i] = load_or_zero<VECW>(w + k * p.w_pitch + n, at < BK * VECTORS_N && k < p.depth && n0 + n < p.columns);
+    }
+    k0 += BK;
+  };
+  const auto stage = [&](int buffer) {
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) {
+      const int k = CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX;
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int v = 0; v < VECX; ++v) xs[buffer][k + v][row0 + i * ROW_STEP] = widen(xr[j][i].at[v]);
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) {
+      const int at = thread + i * THREADS;
+      if (at < BK * VECTORS_N) widen_into(&ws[buffer][at / VECTORS_N][at % VECTORS_N * VECW], wr[i]);
+    }
+  };
+
+  // 2. Multiply-accumulate.
+  const Thread<CHANNELS_FIRST> own(thread);
+  S acc[TM][TN] = {};
+  fetch();
+  stage(0);
+  __syncthreads();
+  int buffer = 0;
+  while (k0 < p.depth) {
+    fetch();
+    multiply(acc, xs[buffer], ws[buffer], own);
+    buffer ^= 1;
+    stage(buffer);
+    __syncthreads();
+  }
+  multiply(acc, xs[buffer], ws[buffer], own);
+
+  // 3. Epilogue: the only place that tests the edges of y.
+#if UPSAMPLED
+  const Index(&size)[RANK] = p.full;
+  const Index group_filters = p.columns / volume(p.phases);
+#else
+  const Index(&size)[RANK] = p.out;
+  const Index group_filters = p.columns;
+#endif
+  const Index filters = p.groups * group_filters;
+  const Index y_step_l = CHANNELS_FIRST ? 1 : filters;
+  const Index y_step_f = CHANNELS_FIRST ? volume(size) : 1;
+  const auto row_of = [&](Index m) {
+    Place row;
+    Index at[RANK];
+    const Index b = split(m, p.out, at);
+#if UPSAMPLED
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) row.at[a] = at[a] = at[a] * p.up[a] + p.shift[a];
+#endif
+    row.offset = b * filters * volume(size) + linear(at, size) * y_step_l;
+    return row;
+  };
+  const auto column_of = [&](Index n, Index& f) {
+    Place column{};
+    f = n;
+#if UPSAMPLED
+    f = n % group_filters;
+    split(n / group_filters, p.phases, column.at);
+    column.offset = linear(column.at, size) * y_step_l;
+#endif
+    f += g * group_filters;
+    column.offset += f * y_step_f;
+    return column;
+  };
+  const auto exists = [&](const Place& row, const Place& column) {
+    bool inside = true;
+#if UPSAMPLED
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) inside = inside && within(row.at[a] + column.at[a], p.full[a]);
+#endif
+    return inside;
+  };
+
+  // VECY results that are neighbours in y: positions in channels_first, else filters.
+  constexpr int STEP_M = CHANNELS_FIRST ? VECY : 1, STEP_N = CHANNELS_FIRST ? 1 : VECY;
+  Place rows[TM];
+#pragma unroll
+  for (int i = 0; i < TM; i += STEP_M) rows[i] = row_of(m0 + own.row(i));
+#pragma unroll
+  for (int j = 0; j < TN; j += STEP_N) {
+    if (n0 + own.column(j) >= p.columns) continue;
+    Index f;
+    const Place column = column_of(n0 + own.column(j), f);
+    S bias[STEP_N] = {};
+    if (p.bias) {
+#pragma unroll
+      for (int v = 0; v < STEP_N; ++v) bias[v] = widen(p.bias[f + v]);
+    }
+#pragma unroll
+    for (int i = 0; i < TM; i += STEP_M) {
+      if (m0 + own.row(i) >= p.positions || !exists(rows[i], column)) continue;
+      Vector<E, VECY> v;
+#pragma unroll
+      for (int q = 0; q < VECY; ++q)
+        v.at[q] = finish<ACTIVATION, E>(add(acc[i + q % STEP_M][j + q % STEP_N], bias[q % STEP_N]));
+      store(p.y + rows[i].offset + column.offset, v);
+    }
+  }
+}
