@@ -1,8 +1,9 @@
 """Convolutions and their gradients on arrays.
 
-The arrays decide the place: NumPy in, NumPy out. All arrays of one call have one dtype: float16, float32, float64,
-bfloat16 (of ml_dtypes), complex64 or complex128; the 16-bit types are summed in float32. Shapes, in channels_last
-("channels_first" has the channels on axis 1; None means channels_last):
+The arrays decide the place: NumPy in, NumPy out, on the CPU; CuPy in, CuPy out, on the GPU that holds them, on CuPy's
+current stream. Nothing moves between the two by itself. All arrays of one call have one dtype: float16, float32,
+float64, bfloat16 (of ml_dtypes), complex64 or complex128; the 16-bit types are summed in float32. Shapes, in
+channels_last ("channels_first" has the channels on axis 1; None means channels_last):
 
 ====================  ============================  ===============================================
 operation             x -> y                        kernel
@@ -21,7 +22,8 @@ Arguments that every convolution shares:
 * `activation`: None, a name of :mod:`cuconv.activations`, or a callable; applied after the bias.
 * `precision`: "highest" or "high"; matters to tensor cores only.
 * `out`: the array to fill, of the result's shape and dtype, any strides, overlapping no input.
-* `workspace`: bytes of scratch memory the call may use; None means 64 MiB.
+* `workspace`: bytes of scratch memory the call may use; None means 64 MiB. On a GPU, copies of arrays that are not in
+  one piece and repacked kernels of transposed convolutions come on top.
 
 Gradients follow the adjoint convention: the gradient of x is computed with the conjugated kernel, that of the kernel
 with the conjugated x. They are deterministic: the same bits on every call.
@@ -34,9 +36,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -60,6 +61,7 @@ __all__ = [
     "conv_transpose_input_grad",
     "conv_transpose_kernel_grad",
     "depthwise_conv",
+    "depthwise_conv_grad",
     "depthwise_conv_input_grad",
     "depthwise_conv_kernel_grad",
     "halo",
@@ -145,7 +147,7 @@ def conv(
     engine = _engine(x, w, bias)
     shape = _geometry(geometry.conv_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups)
     return _forward(
-        engine.conv, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace
+        engine, engine.conv, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace
     )
 
 
@@ -167,7 +169,7 @@ def conv_input_grad(
     engine = _engine(dy, w)
     shape = _geometry(geometry.conv_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate, groups)
     _expect("dy", dy, shape.y_shape)
-    out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, w)
+    out, bytes_ = _prepare(engine, out, shape.x_shape, dy, precision, workspace, dy, w)
     engine.conv_transpose(shape, dy, w.conj(), None, None, out, bytes_)
     return out
 
@@ -190,7 +192,7 @@ def conv_kernel_grad(
     engine = _engine(x, dy)
     shape = _geometry(geometry.conv_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate, groups)
     _expect("dy", dy, shape.y_shape)
-    out, bytes_ = _prepare(out, shape.w_shape, x, precision, workspace, x, dy)
+    out, bytes_ = _prepare(engine, out, shape.w_shape, x, precision, workspace, x, dy)
     engine.kernel_grad(shape, x, dy, out, bytes_)
     return out
 
@@ -223,7 +225,9 @@ def conv_transpose(
         geometry.transpose_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups, output_padding
     )
     run = engine.conv_transpose
-    return _forward(run, shape, shape.x_shape, shape.in_channels, x, (w,), bias, activation, precision, out, workspace)
+    return _forward(
+        engine, run, shape, shape.x_shape, shape.in_channels, x, (w,), bias, activation, precision, out, workspace
+    )
 
 
 def conv_transpose_input_grad(
@@ -255,7 +259,7 @@ def conv_transpose_input_grad(
         output_padding,
     )
     _expect("dy", dy, shape.x_shape)
-    out, bytes_ = _prepare(out, shape.y_shape, dy, precision, workspace, dy, w)
+    out, bytes_ = _prepare(engine, out, shape.y_shape, dy, precision, workspace, dy, w)
     engine.conv(shape, dy, w.conj(), None, None, out, bytes_)
     return out
 
@@ -289,7 +293,7 @@ def conv_transpose_kernel_grad(
         output_padding,
     )
     _expect("dy", dy, shape.x_shape)
-    out, bytes_ = _prepare(out, shape.w_shape, x, precision, workspace, x, dy)
+    out, bytes_ = _prepare(engine, out, shape.w_shape, x, precision, workspace, x, dy)
     engine.kernel_grad(shape, dy, x, out, bytes_)
     if out.dtype.kind == "c":  # the roles of input and output are exchanged, and with them what is conjugated
         np.conjugate(out, out=out)
@@ -320,7 +324,9 @@ def depthwise_conv(
     engine = _engine(x, w, bias)
     shape = _geometry(geometry.depthwise_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate)
     run = engine.depthwise_conv
-    return _forward(run, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace)
+    return _forward(
+        engine, run, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace
+    )
 
 
 def depthwise_conv_input_grad(
@@ -340,7 +346,7 @@ def depthwise_conv_input_grad(
     engine = _engine(dy, w)
     shape = _geometry(geometry.depthwise_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate)
     _expect("dy", dy, shape.y_shape)
-    out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, w)
+    out, bytes_ = _prepare(engine, out, shape.x_shape, dy, precision, workspace, dy, w)
     engine.depthwise_transpose(shape, dy, w.conj(), out, bytes_)
     return out
 
@@ -362,9 +368,36 @@ def depthwise_conv_kernel_grad(
     engine = _engine(x, dy)
     shape = _geometry(geometry.depthwise_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate)
     _expect("dy", dy, shape.y_shape)
-    out, bytes_ = _prepare(out, tuple(kernel_shape), x, precision, workspace, x, dy)
+    out, bytes_ = _prepare(engine, out, tuple(kernel_shape), x, precision, workspace, x, dy)
     engine.depthwise_kernel_grad(shape, x, dy, out, bytes_)
     return out
+
+
+def depthwise_conv_grad(
+    x: Array,
+    w: Array,
+    dy: Array,
+    *,
+    use_bias: bool = True,
+    strides: Sizes = 1,
+    padding: Padding = "valid",
+    data_format: str | None = None,
+    dilation_rate: Sizes = 1,
+    precision: str = "highest",
+    workspace: int | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """The gradients (dx, dw, dbias) of :func:`depthwise_conv` from dy [B, P.., C * M], read once for all three.
+
+    Without `use_bias`, dbias is None.
+    """
+    engine = _engine(x, w, dy)
+    shape = _geometry(geometry.depthwise_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate)
+    _expect("dy", dy, shape.y_shape)
+    dx, bytes_ = _prepare(engine, None, shape.x_shape, x, precision, workspace)
+    dw = engine.empty(w.shape, w.dtype)
+    dbias = engine.empty((shape.filters,), w.dtype) if use_bias else None
+    engine.depthwise_grads(shape, x, w.conj(), dy, dx, dw, dbias, bytes_)
+    return dx, dw, dbias
 
 
 def separable_conv(
@@ -394,7 +427,7 @@ def separable_conv(
     y_shape = geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format)
     kernels = (depthwise_w, pointwise_w)
     return _forward(
-        engine.separable_conv, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace
+        engine, engine.separable_conv, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace
     )
 
 
@@ -419,7 +452,7 @@ def separable_conv_input_grad(
     )
     filters = _pointwise_filters(shape, pointwise_w)
     _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
-    out, bytes_ = _prepare(out, shape.x_shape, dy, precision, workspace, dy, depthwise_w, pointwise_w)
+    out, bytes_ = _prepare(engine, out, shape.x_shape, dy, precision, workspace, dy, depthwise_w, pointwise_w)
     engine.separable_input_grad(shape, dy, depthwise_w.conj(), pointwise_w.conj(), out, bytes_)
     return out
 
@@ -444,28 +477,24 @@ def separable_conv_kernel_grad(
     )
     filters = _pointwise_filters(shape, pointwise_w)
     _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
-    depthwise_out, bytes_ = _prepare(None, depthwise_w.shape, x, precision, workspace)
-    pointwise_out, _ = _prepare(None, pointwise_w.shape, x, precision, workspace)
+    depthwise_out, bytes_ = _prepare(engine, None, depthwise_w.shape, x, precision, workspace)
+    pointwise_out, _ = _prepare(engine, None, pointwise_w.shape, x, precision, workspace)
     engine.separable_kernel_grad(shape, x, dy, depthwise_w, pointwise_w, depthwise_out, pointwise_out, bytes_)
     return depthwise_out, pointwise_out
 
 
-def bias_grad(dy: Array, *, data_format: str | None = None) -> Array:
+def bias_grad(
+    dy: Array, *, data_format: str | None = None, out: Array | None = None, workspace: int | None = None
+) -> Array:
     """The gradient of a bias, [F], from dy [B, P.., F]: its sum over everything but the channels."""
-    _engine(dy)
+    engine = _engine(dy)
     if dy.ndim < 2:
         raise ValueError(f"`dy` must have at least 2 axes. Received: dy.shape={dy.shape}")
-    wide = np.float32 if dy.dtype.itemsize == 2 else dy.dtype
-    if geometry.normalize_data_format(data_format) == geometry.CHANNELS_LAST:
-        rows = dy.reshape(-1, dy.shape[-1])
-        # NumPy adds rows one after the other, and rounding errors with them: sums of sums are as good as pairwise ones.
-        step = max(1, math.isqrt(len(rows)))
-        whole = len(rows) // step * step
-        parts = rows[:whole].reshape(-1, step, dy.shape[-1]).sum(axis=1, dtype=wide)
-        total = parts.sum(axis=0) + rows[whole:].sum(axis=0, dtype=wide)
-    else:
-        total = dy.sum(axis=(0, *range(2, dy.ndim)), dtype=wide)
-    return total.astype(dy.dtype, copy=False)
+    data_format = geometry.normalize_data_format(data_format)
+    _, _, filters = geometry.split_shape(dy.shape, data_format)
+    out, bytes_ = _prepare(engine, out, (filters,), dy, "highest", workspace, dy)
+    engine.bias_grad(dy, data_format, out, bytes_)
+    return out
 
 
 # --- Upsampling --------------------------------------------------------------------------------------------------
@@ -482,7 +511,7 @@ def upsample(
             centres, corners not aligned.
     """
     engine, factors, data_format = _upsampling(x, size, interpolation, data_format)
-    out = _output(out, geometry.upsample_shape(x.shape, factors, data_format), x, x)
+    out = _output(engine, out, geometry.upsample_shape(x.shape, factors, data_format), x, x)
     if out.size:
         engine.upsample(x, factors, interpolation, data_format, out)
     return out
@@ -499,7 +528,7 @@ def upsample_input_grad(
             f"`dy` must have sizes that are multiples of `size` ({factors}). Received: dy.shape={dy.shape}"
         )
     small = tuple(length // factor for length, factor in zip(sizes, factors, strict=True))
-    out = _output(out, geometry.join_shape(batch, small, channels, data_format), dy, dy)
+    out = _output(engine, out, geometry.join_shape(batch, small, channels, data_format), dy, dy)
     if out.size:
         engine.upsample_input_grad(dy, factors, interpolation, data_format, out)
     return out
@@ -537,9 +566,10 @@ def conv_lstm_step(
     z, cell, recurrent = _lstm_sums(
         x, h, c, w, recurrent_w, bias, convolution, data_format, activation, recurrent_activation
     )
-    new_h, new_c = np.empty_like(c), np.empty_like(c)
+    engine = _engine(z, c)
+    new_h, new_c = engine.empty(c.shape, c.dtype), engine.empty(c.shape, c.dtype)
     data_format = geometry.normalize_data_format(data_format)
-    _engine(z).gates(z, c, cell, recurrent, data_format, new_h, new_c)
+    engine.gates(z, c, cell, recurrent, data_format, new_h, new_c)
     return new_h, new_c
 
 
@@ -573,7 +603,7 @@ def conv_lstm_step_grad(
     _expect("dh", dh, c.shape)
     _expect("dc", dc, c.shape)
     data_format = geometry.normalize_data_format(data_format)
-    dz, dc_before = np.empty_like(z), np.empty_like(c)
+    dz, dc_before = engine.empty(z.shape, z.dtype), engine.empty(c.shape, c.dtype)
     engine.gates_grad(z, c, dh, dc, cell, recurrent, data_format, dz, dc_before)
     dx, dh_before, dw, drecurrent_w, dbias = dz, None, None, None, None
     if recurrent_w is not None:
@@ -629,28 +659,43 @@ def _lstm_sums(
 # --- Checks ------------------------------------------------------------------------------------------------------
 
 
-def _engine(first: Array, *others: Array | None) -> ModuleType:
-    """The engine for arrays of this kind, all of one supported dtype."""
-    dtype = first.dtype if hasattr(first, "dtype") else None
-    for array in (first, *others):
-        if array is None:
-            continue
-        if not isinstance(array, np.ndarray):
-            _refuse(array)
-        if array.dtype != dtype or dtype not in DTYPES:
-            given = [str(getattr(each, "dtype", None)) for each in (first, *others) if each is not None]
-            raise TypeError(
-                f"arrays must have one dtype of {', '.join(each.name for each in DTYPES)}. Received: {', '.join(given)}"
-            )
-    return reference
+def _engine(first: Array, *others: Array | None) -> Any:
+    """The engine for arrays of one place and one supported dtype: it has the functions of :mod:`cuconv.reference`."""
+    arrays = [array for array in (first, *others) if array is not None]
+    engine = _place(arrays)
+    dtype = first.dtype
+    if dtype not in DTYPES or any(array.dtype != dtype for array in arrays):
+        given = ", ".join(str(array.dtype) for array in arrays)
+        raise TypeError(f"arrays must have one dtype of {', '.join(each.name for each in DTYPES)}. Received: {given}")
+    return engine
 
 
-def _refuse(array: Any) -> None:
-    if hasattr(array, "__cuda_array_interface__"):
+def _place(arrays: Sequence[Array]) -> Any:
+    """The engine of the place where all of `arrays` live."""
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return _host_engine
+    on_gpu = any(hasattr(array, "__cuda_array_interface__") for array in arrays)
+    if on_gpu and not runtime.probe().usable:
         raise PlanError(
             f"{runtime.probe().reason}, so arrays on a GPU cannot be computed with. Move them first: `cupy.asnumpy(x)`"
         )
-    raise TypeError(f"arrays must be NumPy or CuPy arrays. Received: {type(array).__name__}")
+    if all(map(runtime.is_device_array, arrays)):
+        return _device_engine(runtime.of(arrays))
+    kinds = ", ".join(f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}" for array in arrays)
+    advice = ""
+    if on_gpu:
+        advice = "; `cupy.asarray` shares the memory of other GPU arrays, `cuconv.ops.like` moves between CPU and GPU"
+    raise TypeError(f"arrays must be NumPy arrays or CuPy arrays, all in one place{advice}. Received: {kinds}")
+
+
+_host_engine: Any = reference
+
+
+@functools.cache
+def _device_engine(runtime_: Any) -> Any:
+    from cuconv.cuda.engine import Engine
+
+    return Engine(runtime_)
 
 
 def _geometry(rule: Callable[..., ConvShape], *arguments: Any) -> ConvShape:
@@ -694,6 +739,7 @@ _remembered = functools.lru_cache(maxsize=4096)(_compute)
 
 
 def _forward(
+    engine: Any,
     run: Callable[..., None],
     shape: ConvShape,
     y_shape: tuple[int, ...],
@@ -714,10 +760,12 @@ def _forward(
         raise ValueError(
             f"`out` needs an activation that works element by element. Received: activation={activation!r}"
         )
-    y, bytes_ = _prepare(out, y_shape, x, precision, workspace, x, *kernels, bias)
-    fused = function if function is not None and function.pointwise and function.name != "linear" else None
+    y, bytes_ = _prepare(engine, out, y_shape, x, precision, workspace, x, *kernels, bias)
+    fused = function if function is not None and engine.fuses(function) else None
     run(shape, x, *kernels, bias, fused, y, bytes_)
-    return y if function is None or function.pointwise else function(y)
+    if function is None or function is fused or function.name == "linear":
+        return y
+    return function(y, out=y) if function.pointwise else function(y)
 
 
 def _activation(activation: Any, dtype: np.dtype) -> Any:
@@ -728,7 +776,13 @@ def _activation(activation: Any, dtype: np.dtype) -> Any:
 
 
 def _prepare(
-    out: Array | None, shape: Sequence[int], like: Array, precision: str, workspace: int | None, *inputs: Array | None
+    engine: Any,
+    out: Array | None,
+    shape: Sequence[int],
+    like: Array,
+    precision: str,
+    workspace: int | None,
+    *inputs: Array | None,
 ) -> tuple[Array, int]:
     """The output array and the bytes of scratch memory, once all options are checked."""
     if precision not in PRECISIONS:
@@ -737,18 +791,18 @@ def _prepare(
         workspace = DEFAULT_WORKSPACE
     elif geometry.as_int(workspace) is None or workspace < 0:
         raise ValueError(f"`workspace` must be a number of bytes >= 0, or None. Received: workspace={workspace!r}")
-    return _output(out, shape, like, *inputs), workspace
+    return _output(engine, out, shape, like, *inputs), workspace
 
 
-def _output(out: Array | None, shape: Sequence[int], like: Array, *inputs: Array | None) -> Array:
+def _output(engine: Any, out: Array | None, shape: Sequence[int], like: Array, *inputs: Array | None) -> Array:
     if out is None:
-        return np.empty_like(like, order="C", subok=False, shape=shape)
-    if not isinstance(out, np.ndarray) or out.dtype != like.dtype:
+        return engine.empty(tuple(shape), like.dtype)
+    if getattr(out, "dtype", None) != like.dtype or _place([out]) is not engine:
         given = getattr(out, "dtype", type(out).__name__)
-        raise TypeError(f"`out` must be an array of dtype {like.dtype}. Received: {given}")
+        raise TypeError(f"`out` must be an array of dtype {like.dtype}, in the place of the others. Received: {given}")
     _expect("out", out, shape)
     broadcast = out.size > 0 and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True))
-    if not out.flags.writeable or broadcast:
+    if not getattr(out.flags, "writeable", True) or broadcast:  # CuPy's arrays are all writeable
         raise ValueError(
             "`out` must be writeable, every element in its own place. Received: a read-only or broadcast array"
         )
@@ -759,9 +813,19 @@ def _output(out: Array | None, shape: Sequence[int], like: Array, *inputs: Array
 
 def _overlap(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # the stubs know -1 and 0 only
+        return np.shares_memory(_footprint(a), _footprint(b), max_work=10_000)  # type: ignore[arg-type]  # stubs: -1, 0
     except np.exceptions.TooHardError:  # strides so odd that to be sure would take long
         return True
+
+
+def _footprint(array: Array) -> np.ndarray:
+    """An array of bytes at the addresses that `array` has, wherever they are; only to be compared, never to be read."""
+    if isinstance(array, np.ndarray) or array.size == 0:
+        return array if isinstance(array, np.ndarray) else np.empty(0)
+    found = array.__cuda_array_interface__
+    shape, strides = (*array.shape, array.dtype.itemsize), (*array.strides, 1)
+    interface = {"data": found["data"], "shape": shape, "strides": strides, "typestr": "|u1", "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def _expect(name: str, array: Array, shape: Sequence[int | None]) -> None:
@@ -779,15 +843,12 @@ def _pointwise_filters(shape: ConvShape, pointwise_w: Array) -> int:
     return int(pointwise_w.shape[-1])
 
 
-def _upsampling(x: Array, size: Any, interpolation: str, data_format: Any) -> tuple[ModuleType, tuple[int, ...], str]:
+def _upsampling(x: Array, size: Any, interpolation: str, data_format: Any) -> tuple[Any, tuple[int, ...], str]:
     data_format = geometry.normalize_data_format(data_format)
     if interpolation not in INTERPOLATIONS:
         names = ", ".join(f'"{name}"' for name in INTERPOLATIONS)
         raise ValueError(f"`interpolation` must be one of {names}. Received: interpolation={interpolation!r}")
-    if isinstance(x, np.ndarray) and interpolation == "nearest":
-        engine: ModuleType = reference  # values are only copied, so every dtype will do
-    else:
-        engine = _engine(x)
+    engine = _place([x]) if interpolation == "nearest" else _engine(x)  # nearest copies, so every dtype will do
     if not 3 <= x.ndim <= 2 + geometry.MAX_RANK:
         raise ValueError(f"`x` must have 3 to 5 axes: batch, spatial, channels. Received: x.shape={x.shape}")
     return engine, geometry.normalize_tuple(size, x.ndim - 2, "size"), data_format

@@ -5,9 +5,11 @@ Nothing here or in the other files of this folder, except runtime.py, knows CuPy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+import numpy as np
 
 from cuconv.plan.types import VECTOR_BYTES, DeviceLimits, LaunchPlan
 
@@ -22,6 +24,9 @@ class Runtime(Protocol):
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """A new array in C order, not initialised."""
 
+    def constant(self, key: Hashable, make: Callable[[], np.ndarray]) -> Array:
+        """What `make` returns, on the device, where it is kept for later calls with the same key; never written to."""
+
     def address(self, array: Array) -> int:
         """Where the first element of an array lies."""
 
@@ -29,9 +34,14 @@ class Runtime(Protocol):
         """Starts `plan` on the current stream; a pointer to each array (null for None) comes before its integers."""
 
 
-def compact(runtime: Runtime, array: Array) -> Array:
-    """`array` itself if its memory is in one piece and in C order, otherwise a copy that is. None stays None."""
-    if array is None or (array.flags.c_contiguous and runtime.address(array) % array.dtype.itemsize == 0):
+def compact(runtime: Runtime, array: Array | None) -> Array | None:
+    """`array` itself if its memory is in one piece and in C order, otherwise a copy that is.
+
+    None stays None, and an array of no elements, which has no address, becomes None.
+    """
+    if array is None or array.size == 0:
+        return None
+    if array.flags.c_contiguous and runtime.address(array) % array.dtype.itemsize == 0:
         return array
     return array.copy(order="C")
 
@@ -47,9 +57,8 @@ def writing(runtime: Runtime, out: Array) -> Iterator[Array]:
         out[...] = target
 
 
-def alignment(runtime: Runtime, array: Array) -> int:
-    """Elements from one address that a 16-byte access could start at to the array's own; 0 if it starts at one.
-
-    With :func:`math.gcd`, the vectors that an access to the array can have.
-    """
-    return runtime.address(array) % VECTOR_BYTES // array.dtype.itemsize
+def alignment(runtime: Runtime, *arrays: Array | None) -> tuple[int, ...]:
+    """For each array, the elements by which it lies behind an address that a 16-byte access can start at."""
+    return tuple(
+        0 if array is None else runtime.address(array) % VECTOR_BYTES // array.dtype.itemsize for array in arrays
+    )

@@ -24,8 +24,7 @@ def conv(
         return
     x, w, bias = (compact(runtime, array) for array in (x, w, bias))
     with writing(runtime, out) as y:
-        aligned = (alignment(runtime, x), alignment(runtime, w), alignment(runtime, y))
-        plan = plan_conv(shape, x.dtype.name, name_of(activation), aligned, runtime.limits)
+        plan = plan_conv(shape, out.dtype.name, name_of(activation), alignment(runtime, x, w, y), runtime.limits)
         runtime.launch(plan, (x, w, bias, y))
 
 
@@ -39,12 +38,11 @@ def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Ar
         return
     x, dy = compact(runtime, x), compact(runtime, dy)
     with writing(runtime, out) as dw:
-        aligned = (alignment(runtime, x), alignment(runtime, dy), alignment(runtime, dw))
-        plan = plan_kernel_grad(shape, x.dtype.name, aligned, workspace, runtime.limits)
+        plan = plan_kernel_grad(shape, out.dtype.name, alignment(runtime, x, dy, dw), workspace, runtime.limits)
         if plan.reduce is None:
             runtime.launch(plan.grad, (x, dy, dw))
         else:
-            partial = runtime.empty((plan.partial,), ELEMENTS[x.dtype.name].sum_dtype)
+            partial = runtime.empty((plan.partial,), ELEMENTS[out.dtype.name].sum_dtype)
             runtime.launch(plan.grad, (x, dy, partial))
             runtime.launch(plan.reduce, (partial, dw))
 

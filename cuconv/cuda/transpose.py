@@ -28,9 +28,9 @@ def conv_transpose(
         return
     y, w, bias = (compact(runtime, array) for array in (y, w, bias))
     with writing(runtime, out) as target:
-        aligned = (alignment(runtime, y), alignment(runtime, w), alignment(runtime, target))
-        plan = plan_transpose(shape, y.dtype.name, name_of(activation), aligned, runtime.limits)
-        packed = runtime.empty((plan.packed,), y.dtype)
+        aligned = alignment(runtime, y, w, target)
+        plan = plan_transpose(shape, out.dtype.name, name_of(activation), aligned, runtime.limits)
+        packed = runtime.empty((plan.packed,), out.dtype) if plan.packed else None
         for part in plan.parts:
             if part.pack is not None:
                 runtime.launch(part.pack, (w, packed))

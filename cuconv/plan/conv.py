@@ -20,7 +20,7 @@ WAVES = 4  # blocks a multiprocessor that splitting aims at, so that the last on
 
 @functools.lru_cache(maxsize=4096)
 def plan_conv(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, int, int], limits: DeviceLimits
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
 ) -> LaunchPlan:
     """The plan of a convolution, for the arrays (x, w, bias, y).
 
@@ -55,7 +55,7 @@ class Form:
 
 
 def plan_form(
-    form: Form, dtype: str, activation: str, aligned: tuple[int, int, int], limits: DeviceLimits
+    form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
 ) -> LaunchPlan:
     """The launch of conv_simt.cu for `form`; arguments as :func:`plan_conv`."""
     shape, element = form.shape, ELEMENTS[dtype]
@@ -144,7 +144,7 @@ class KernelGradPlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_kernel_grad(
-    shape: ConvShape, dtype: str, aligned: tuple[int, int, int], workspace: int, limits: DeviceLimits
+    shape: ConvShape, dtype: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
 ) -> KernelGradPlan:
     """The plan of a kernel gradient, for the arrays (x, dy, dw) or (x, dy, partial sums).
 

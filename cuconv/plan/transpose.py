@@ -71,7 +71,7 @@ class TransposePlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_transpose(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, int, int], limits: DeviceLimits
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
 ) -> TransposePlan:
     """The plan of the transpose of `shape`: its input is ``shape.y_shape``, its output ``shape.x_shape``.
 
@@ -91,7 +91,7 @@ def _plan(
     shape: ConvShape,
     dtype: str,
     activation: str,
-    aligned: tuple[int, int, int],
+    aligned: tuple[int, ...],
     limits: DeviceLimits,
     merge: list[bool],
 ) -> TransposePlan:
@@ -137,7 +137,7 @@ def _part(
     phases: tuple[Phase, ...],
     dtype: str,
     activation: str,
-    aligned: tuple[int, int, int],
+    aligned: tuple[int, ...],
     limits: DeviceLimits,
 ) -> tuple[Part, int]:
     """The launches for one phase of every axis, and the elements of its packed weights."""

@@ -84,6 +84,11 @@ def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: in
     out[...] = conjugated(total.transpose(1, 0, 2).reshape(out.shape))
 
 
+def fuses(activation: Activation) -> bool:
+    """Whether the forward functions of this engine apply `activation` themselves."""
+    return activation.pointwise and activation.name != "linear"
+
+
 def _without_taps(shape: ConvShape, x: Array, out: Array) -> tuple[ConvShape, Array, Array]:
     """A convolution of one tap, stride 1 and no padding as one sequence: all positions are rows of one matrix."""
     plain = shape.data_format == CHANNELS_LAST and shape.groups == 1 and shape.in_size == shape.out_size

@@ -14,6 +14,7 @@ import numpy as np
 from cuconv.activations import Activation
 from cuconv.geometry import ConvShape
 from cuconv.plan.reference import HostPlan, fit_block, plan_depthwise, plan_transpose
+from cuconv.reference.bias_grad import bias_grad
 from cuconv.reference.blocks import (
     Array,
     blocks,
@@ -104,6 +105,16 @@ def depthwise_transpose(shape: ConvShape, y: Array, w: Array, out: Array, worksp
     else:
         block = plan_transpose(shape, dtype.itemsize, workspace).block
         scatter(_add_taps, shape, block, y, w, None, None, out, workspace)
+
+
+def depthwise_grads(
+    shape: ConvShape, x: Array, w: Array, dy: Array, dx: Array, dw: Array, db: Array | None, workspace: int
+) -> None:
+    """Write all gradients of a depthwise convolution; `w` is conjugated already, `db` [C*M] may be None."""
+    depthwise_transpose(shape, dy, w, dx, workspace)
+    depthwise_kernel_grad(shape, x, dy, dw, workspace)
+    if db is not None:
+        bias_grad(dy, shape.data_format, db, workspace)
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype, plan: HostPlan) -> Array:
