@@ -10,8 +10,16 @@ from typing import Any
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.reduce import plan_reduce
 from cuconv.plan.simt import BK, Operands, Product, Tile, choose_tile
-from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS, VECTOR_BYTES, DeviceLimits, Element, LaunchPlan, vector
-from cuconv.plan.types import index_bytes as _index_bytes
+from cuconv.plan.types import (
+    ACTIVATION_CODES,
+    ELEMENTS,
+    VECTOR_BYTES,
+    DeviceLimits,
+    Element,
+    LaunchPlan,
+    index_bytes,
+    vector,
+)
 
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
@@ -54,9 +62,7 @@ class Form:
     upsampled: tuple[tuple[int, ...], ...] = ()
 
 
-def plan_form(
-    form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
-) -> LaunchPlan:
+def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
     """The launch of conv_simt.cu for `form`; arguments as :func:`plan_conv`."""
     shape, element = form.shape, ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
@@ -74,15 +80,8 @@ def plan_form(
     neighbours = form.columns // phases if last else math.prod(sizes) if contiguous else 1
     vector_y = vector(element.bytes, block, neighbours, aligned[2])
     # The last positions and values of k of a tile lie behind the end, and their indices are computed all the same.
-    furthest = max(
-        n + 2 * (span + BK * d) for n, span, d in zip(shape.in_size, form.span, shape.dilation_rate, strict=True)
-    )
-    reach = max(
-        n * s + pad for n, s, pad in zip(shape.out_size, shape.strides, map(abs, shape.pad_before), strict=True)
-    )
-    width = _index_bytes(
-        2 * x_size, 2 * y_size, (form.depth + 2 * BK) * form.w_pitch + w_size, positions + 256, 2 * furthest, 2 * reach
-    )
+    rows = (form.depth + 2 * BK) * form.w_pitch + w_size
+    width = index_bytes(2 * x_size, 2 * y_size, rows, positions + 256, _furthest(shape))
     operands = Operands(
         vector_x=vector(element.bytes, channels, aligned[0]) if last else 1,
         vector_w=vector(element.bytes, form.columns, aligned[1]),
@@ -162,11 +161,7 @@ def plan_kernel_grad(
     dy_size = positions * shape.filters
     most = max(1, min(positions // LEAST_CHUNK, workspace // (count * element.sum_bytes)))
 
-    furthest = max(n + span for n, span in zip(shape.in_size, _span(shape), strict=True))
-    reach = max(
-        n * s + pad for n, s, pad in zip(shape.out_size, shape.strides, map(abs, shape.pad_before), strict=True)
-    )
-    width = _index_bytes(2 * x_size, 2 * dy_size, most * count + 256, positions + 2 * BK, 4 * furthest, 4 * reach)
+    width = index_bytes(2 * x_size, 2 * dy_size, most * count + 256, positions + 2 * BK, _furthest(shape))
     operands = Operands(
         vector_x=vector(element.bytes, channels, aligned[0]) if last else 1,
         vector_w=vector(element.bytes, columns, aligned[1]) if last else 1,

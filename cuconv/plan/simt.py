@@ -30,7 +30,7 @@ BK = 8  # values of k in a step: 8 threads read 32 neighbouring bytes of fp32
 LATENCY_WARPS = 8  # of a multiprocessor, two a quarter; each has TM * TN independent sums, so more change little
 L2_FACTOR = 2.5  # bandwidth of the L2 cache over that of the memory
 LAUNCH_SECONDS = 3e-6
-MAX_LOADS = 8  # accesses a thread has in flight a step, of both operands; more cost registers that the sums need
+MAX_LOADS = 12  # accesses a thread has in flight a step, of both operands; more cost registers that the sums need
 CHOICE_FACTOR = 1.02  # a tile listed earlier is taken unless another one is predicted to be this much faster
 
 # Rows, columns of a block's tile, then of a thread's, by the bytes of a sum; from large to small. Large tiles reuse

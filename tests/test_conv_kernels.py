@@ -1,0 +1,400 @@
+"""conv_simt, pack_weights, kernel_grad_simt and reduce_splits: their real PTX on the CPU, against the oracle.
+
+Every case computes the forward pass, the input gradient (which is the transposed convolution) and the kernel gradient
+of one convolution, under the detector. Sizes are chosen around the edges of the tile that is tested: a position less or
+more than a block has, a filter more, a sum that ends inside a step.
+"""
+
+from contextlib import contextmanager
+from math import prod
+
+import emulator
+import numpy as np
+import oracle
+import pytest
+from compare import assert_close, poisoned
+from emulated import EmulatedRuntime
+from strategies import uniform
+
+from cuconv import activations, geometry
+from cuconv.cuda.conv import conv, kernel_grad
+from cuconv.cuda.transpose import conv_transpose
+from cuconv.plan import conv as plan_conv_module
+from cuconv.plan import simt, transpose
+from cuconv.plan.devices import DEVICES
+from cuconv.plan.types import ELEMENTS
+
+pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+
+WORKSPACE = 1 << 20
+LIMITS = DEVICES["H200"]
+
+
+@contextmanager
+def only(dtype: str, tile):
+    """Plans find no other tile than this one."""
+    key = ELEMENTS[dtype].sum_bytes
+    kept, simt.TILES[key] = simt.TILES[key], (tile,)
+    forget_plans()
+    try:
+        yield
+    finally:
+        simt.TILES[key] = kept
+        forget_plans()
+
+
+def forget_plans():
+    for plan in (plan_conv_module.plan_conv, plan_conv_module.plan_kernel_grad, transpose.plan_transpose):
+        plan.cache_clear()
+
+
+class Case:
+    """A convolution with random arrays, and its three passes on a runtime."""
+
+    def __init__(self, x_shape, w_shape, dtype="float32", seed=0, **options):
+        self.dtype, self.options = dtype, options
+        self.shape = geometry.conv_shape(x_shape, w_shape, **options)
+        rng = np.random.default_rng(seed)
+        shapes = (self.shape.x_shape, w_shape, (w_shape[-1],), self.shape.y_shape)
+        self.x, self.w, self.bias, self.dy = (uniform(rng, shape, dtype) for shape in shapes)
+
+    def forward(self, runtime, activation=None, bias=True):
+        y = poisoned(self.shape.y_shape, self.dtype)
+        bias = self.bias if bias else None
+        function = activations.get(activation) if activation else None
+        conv(runtime, self.shape, self.x, self.w, bias, function, y, WORKSPACE)
+        return y
+
+    def input_grad(self, runtime):
+        dx = poisoned(self.shape.x_shape, self.dtype)
+        conv_transpose(runtime, self.shape, self.dy, self.w.conj(), None, None, dx, WORKSPACE)
+        return dx
+
+    def kernel_grad(self, runtime, workspace=WORKSPACE):
+        dw = poisoned(self.shape.w_shape, self.dtype)
+        kernel_grad(runtime, self.shape, self.x, self.dy, dw, workspace)
+        return dw
+
+    def check_forward(self, runtime, activation=None, bias=True):
+        expected = oracle.conv(
+            self.x, self.w, self.bias if bias else None, activation=activation or "linear", **self.options
+        )
+        actual = self.forward(runtime, activation, bias)
+        assert_close(actual, expected, dtype=self.dtype, terms=prod(self.w.shape[:-1]), what="conv")
+
+    def check_input_grad(self, runtime):
+        expected = oracle.conv_input_grad(self.dy, self.w, self.x.shape, **self.options)
+        terms = prod(self.w.shape[:-2]) * self.w.shape[-1]
+        assert_close(self.input_grad(runtime), expected, dtype=self.dtype, terms=terms, what="input gradient")
+
+    def check_kernel_grad(self, runtime, workspace=WORKSPACE):
+        expected = oracle.conv_kernel_grad(self.x, self.dy, self.w.shape, **self.options)
+        terms = max(1, self.dy.size // self.w.shape[-1])
+        actual = self.kernel_grad(runtime, workspace)
+        assert_close(actual, expected, dtype=self.dtype, terms=terms, what="kernel gradient")
+
+    def check(self, runtime):
+        self.check_forward(runtime)
+        self.check_input_grad(runtime)
+        self.check_kernel_grad(runtime)
+
+
+def trace(seed=1):
+    return EmulatedRuntime(LIMITS, mode="trace", seed=seed)
+
+
+# --- Every tile --------------------------------------------------------------------------------------------------
+
+TILES = [
+    (dtype, tile) for dtype in ("float32", "float64", "complex128") for tile in simt.TILES[ELEMENTS[dtype].sum_bytes]
+]
+
+
+def around(rank: int, count: int) -> tuple[int, ...]:
+    """Sizes of `rank` axes with about `count` positions in all, none a multiple of another."""
+    return {1: (count,), 2: (3, -(-count // 3)), 3: (2, 3, -(-count // 6))}[rank]
+
+
+def tile_cases(tile, rank, data_format):
+    """(x_shape, w_shape, options) that meet every edge of `tile`, wide accesses first."""
+    bm, bn, *_ = tile
+    first = data_format == "channels_first"
+
+    def shapes(batch, sizes, channels, taps, filters, groups=1):
+        x = (batch, channels, *sizes) if first else (batch, *sizes, channels)
+        return x, (*taps, channels // groups, filters)
+
+    base = {"data_format": data_format}
+    taps = (3, 2, 2)[-rank:] if rank < 3 else (2, 1, 2)
+    # One position more than a block, one vector of filters more, sums of 12 to 24 products: not a multiple of a step.
+    yield *shapes(1, around(rank, bm + 1), 4, taps, bn + 4), {**base, "padding": "same"}
+    yield *shapes(2, around(rank, bm // 2), 8, (1,) * rank, bn), {**base, "padding": "valid"}
+    # Nothing fits: odd channels, one filter more, stride, dilation, groups.
+    yield *shapes(2, around(rank, bm + 3), 3, taps, bn + 1), {**base, "padding": "same", "strides": 2}
+    yield *shapes(1, around(rank, bm - 1), 6, taps, 10, 2), {**base, "padding": "same", "groups": 2, "dilation_rate": 2}
+    yield *shapes(1, (1,) * rank, 1, (1,) * rank, 1), {**base, "padding": "valid"}
+    if rank == 1:
+        yield *shapes(2, (5,), 2, (3,), 2), {**base, "padding": "causal", "dilation_rate": 7}
+        yield *shapes(1, (11,), 2, (2,), 3), {**base, "padding": (3, 4), "strides": 5}
+
+
+def run_tile(dtype, tile, rank, data_format, make_runtime=trace):
+    with only(dtype, tile):
+        for number, (x_shape, w_shape, options) in enumerate(tile_cases(tile, rank, data_format)):
+            case = Case(x_shape, w_shape, dtype, seed=number, **options)
+            runtime = make_runtime(seed=number + 1)
+            try:
+                case.check(runtime)
+            except (AssertionError, emulator.EmulationError) as error:
+                error.add_note(f"x {x_shape}, w {w_shape}, {options}; {runtime.launches[-1:]}")
+                raise
+
+
+def name(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("tile", simt.TILES[4], ids=name)
+def test_every_tile(tile):
+    run_tile("float32", tile, 1, "channels_last")
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_every_rank(rank, data_format):
+    run_tile("float32", (32, 32, 4, 4), rank, data_format)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "complex64", "complex128"])
+def test_every_dtype(dtype, data_format):
+    run_tile(dtype, simt.TILES[ELEMENTS[dtype].sum_bytes][-1], 1, data_format)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dtype, tile", TILES, ids=name)
+def test_every_tile_of_every_kind(dtype, tile, rank, data_format):
+    run_tile(dtype, tile, rank, data_format)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_every_dtype_at_every_rank(dtype, rank, data_format):
+    run_tile(dtype, simt.TILES[ELEMENTS[dtype].sum_bytes][-1], rank, data_format)
+
+
+# --- What tiles do not show --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "hard_sigmoid"])
+def test_fused_activation(name):
+    case = Case((2, 9, 4), (3, 4, 8), padding="same")
+    case.check_forward(trace(), name)
+    case.check_forward(trace(), name, bias=False)
+
+
+def test_splits_are_added_in_their_order():
+    """Many positions and few weights: the gradient is split, and every workspace gives an answer."""
+    case = Case((3, 700, 2), (3, 2, 4), padding="same")
+    for workspace, splits in ((WORKSPACE, True), (0, False), (24 * 4 * 3, True)):
+        runtime = trace()
+        case.check_kernel_grad(runtime, workspace)
+        assert [plan.kernel for plan in runtime.launches] == ["kernel_grad_simt", "reduce_splits"][: 1 + splits]
+        if splits:
+            assert runtime.launches[1].integers[0] * 24 * 4 <= workspace
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_the_same_bits_in_any_order_of_threads(dtype):
+    case = Case((3, 300, 2), (3, 2, 4), dtype, padding="same", strides=2)
+    results = []
+    for seed in (0, 1, 2, 3):
+        runtime = EmulatedRuntime(LIMITS, seed=seed)
+        arrays = (case.forward(runtime), case.input_grad(runtime), case.kernel_grad(runtime))
+        results.append(b"".join(array.tobytes() for array in arrays))
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("device", ["T4", "RTX 4090", "B200"])
+def test_other_architectures(device):
+    runtime = EmulatedRuntime(DEVICES[device], mode="trace", seed=1)
+    Case((2, 30, 4), (3, 4, 8), "bfloat16", padding="same").check(runtime)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("strides, dilation_rate", [(2, 1), (3, 2), (2, 2), (4, 6), (1, 3), (7, 1)])
+def test_phases_of_a_transposed_convolution(strides, dilation_rate, data_format):
+    """Strides and dilations with and without a common factor, strides beyond the kernel, taps that reach nothing."""
+    x_shape = (2, 17, 2) if data_format == "channels_last" else (2, 2, 17)
+    for padding in ("same", "valid", (5, 1)):
+        options = {"strides": strides, "dilation_rate": dilation_rate, "padding": padding, "data_format": data_format}
+        Case(x_shape, (3, 2, 2), **options).check_input_grad(trace())
+
+
+def test_phases_of_two_axes():
+    for options in ({"strides": (2, 3)}, {"strides": (2, 3), "dilation_rate": (3, 1)}, {"strides": (1, 4)}):
+        Case((1, 9, 10, 2), (3, 2, 2, 2), padding="same", **options).check_input_grad(trace())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_phases_are_the_definition(merge):
+    """Every (p, r) that reaches an output is met by exactly one phase, at the place where it belongs."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        k, s, d, n = (int(rng.integers(1, high)) for high in (6, 7, 7, 12))
+        pad = (int(rng.integers(0, 4)), int(rng.integers(0, 4)))
+        if (merge and s > 1 and d > 1) or (k - 1) * d + 1 > n + sum(pad):
+            continue
+        shape = geometry.conv_shape((1, n, 1), (k, 1, 1), strides=s, dilation_rate=d, padding=pad)
+        found = set()
+        written = []
+        for phase in transpose.axis_phases(shape, 0, merge):
+            for q in range(phase.count):
+                for rho in range(phase.phases):
+                    u = q * phase.up + rho + phase.shift
+                    if not 0 <= u < n:
+                        continue
+                    written.append(u)
+                    for a in range(phase.taps):
+                        p = q + a * phase.dilation - phase.pad
+                        r = phase.first + rho + (phase.taps - 1 - a) * phase.step
+                        if r < k and 0 <= p < shape.out_size[0]:
+                            found.add((u, p, r))
+        assert sorted(written) == list(range(n)), shape
+        _, reads = oracle.reads((n,), (k,), s, (pad,), d)
+        assert found == {(i[0], p[0], r[0]) for p, r, i in reads}, shape
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_arrays_that_begin_anywhere(offset):
+    """Contiguous views that a 16-byte access could not start at."""
+
+    def shifted(array):
+        base = np.full(array.size + offset, np.nan, array.dtype)
+        view = base[offset:].reshape(array.shape)
+        view[...] = array
+        return view
+
+    case = Case((2, 9, 8), (3, 8, 8), padding="same")
+    case.x, case.w, case.dy = shifted(case.x), shifted(case.w), shifted(case.dy)
+    runtime = trace()
+    case.check(runtime)
+    (vector,) = {value for key, value in runtime.launches[0].constants if key == "VECX"}
+    assert vector == (2 if offset == 2 else 1)
+
+
+def test_inputs_that_no_output_reads_do_not_matter():
+    case = Case((1, 23, 4), (2, 4, 8), strides=4)
+    never = np.ones(23, bool)
+    for _, _, i in oracle.reads((23,), (2,), 4, "valid", 1)[1]:
+        never[i] = False
+    case.x[:, never] = np.nan
+    assert never.sum() > 8
+    y, dw = case.forward(trace()), case.kernel_grad(trace())
+    case.x[:, never] = 0
+    assert_close(y, oracle.conv(case.x, case.w, case.bias, strides=4), dtype="float32", terms=8)
+    assert_close(dw, oracle.conv_kernel_grad(case.x, case.dy, case.w.shape, strides=4), dtype="float32", terms=6)
+
+
+def test_an_input_of_no_positions():
+    """Padding alone: every output is the bias."""
+    case = Case((2, 0, 3), (2, 3, 4), padding=(2, 1))
+    runtime = trace()
+    assert np.array_equal(case.forward(runtime), np.broadcast_to(case.bias, case.shape.y_shape))
+    assert not case.kernel_grad(runtime).any()
+
+
+def last_blocks(plan):
+    return [plan.grid[0] - 1]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_indices_beyond_32_bits(data_format):
+    """x and y have 2**31 elements and more; only the last block runs, on memory that exists where it is touched."""
+    first = data_format == "channels_first"
+    n, c = 2**29 + 77, 4
+    x_shape = (1, c, n) if first else (1, n, c)
+    shape = geometry.conv_shape(x_shape, (3, c, c), padding="same", data_format=data_format)
+    x, y = np.zeros(x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
+    rng = np.random.default_rng(0)
+    w = uniform(rng, (3, c, c), "float16")
+    tail = (slice(None), slice(None), slice(n - 300, n)) if first else (slice(None), slice(n - 300, n))
+    x[tail] = uniform(rng, x[tail].shape, "float16")
+    runtime = EmulatedRuntime(LIMITS, blocks=last_blocks)
+    conv(runtime, shape, x, w, None, None, y, WORKSPACE)
+    (plan,) = runtime.launches
+    assert plan.index_bytes == 8
+    whole = oracle.conv(x[tail], w, padding="same", data_format=data_format)
+    tile = dict(plan.constants)["BM"]
+    rows = n % tile
+    actual, expected = (np.moveaxis(a, 1, -1) if first else a for a in (y[tail], whole))
+    assert_close(actual[:, -rows:], expected[:, -rows:], dtype="float16", terms=12)
+    assert not actual[:, : 300 - rows - tile].any()
+
+
+def test_memory_is_read_in_full_sectors():
+    """16-byte accesses, no bank conflicts, and no byte of x, w or y fetched in vain."""
+    case = Case((2, 256, 16), (1, 16, 64), padding="same")
+    with only("float32", (128, 64, 8, 8)):
+        runtime = trace(seed=0)
+        case.check_forward(runtime)
+    shared = [row for row in runtime.traffic if row.space == "shared"]
+    assert shared and not sum(row.bank_conflicts for row in shared)
+    wide = [row for row in runtime.traffic if row.space == "global" and row.bytes // row.requests == 16 * 32]
+    assert sum(row.bytes for row in wide) >= case.x.nbytes + case.w.nbytes + case.dy.nbytes
+    assert all(row.sectors == row.least_sectors for row in wide)
+
+
+# --- Plans -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_plans_for_every_device(dtype, device):
+    """Blocks cover the result, limits hold, wide indices where sizes need them, a reason and rejected alternatives."""
+    shapes = [
+        geometry.conv_shape((8, 16384, 128), (2, 128, 256), padding="causal", dilation_rate=512),
+        geometry.conv_shape((64, 56, 56, 64), (3, 3, 64, 64), padding="same"),
+        geometry.conv_shape((1, 3, 300, 300, 300), (3, 3, 3, 3, 8), data_format="channels_first", padding="same"),
+        geometry.conv_shape((1, 70000, 65536), (3, 1, 65536), groups=65536, padding="same"),
+        geometry.conv_shape((2**31, 4, 1), (2, 1, 1)),
+        geometry.conv_shape((1, 10, 3), (2, 3, 5)),
+    ]
+    limits = DEVICES[device]
+    for shape in shapes:
+        plan = plan_conv_module.plan_conv(shape, dtype, "relu", (0, 0, 0), limits)
+        constants = dict(plan.constants)
+        rows = -(-shape.batch * prod(shape.out_size) // constants["BM"])
+        columns = -(-(shape.filters // shape.groups) // constants["BN"])
+        assert prod(plan.grid) == rows * columns * shape.groups
+        assert plan.grid[0] < 2**31 and plan.shared_bytes <= limits.shared_bytes and plan.threads <= 1024
+        elements = max(prod(shape.x_shape), prod(shape.y_shape))
+        assert plan.index_bytes == 8 if elements >= 2**31 else True
+        assert plan.reason and plan.rejected and str(plan)
+        assert plan.cost.flops >= plan.cost.least_flops > 0 and np.isfinite(plan.cost.seconds)
+        grad = plan_conv_module.plan_kernel_grad(shape, dtype, (0, 0, 0), 64 << 20, limits)
+        splits, chunk = 1 if grad.reduce is None else grad.reduce.integers[0], grad.grad.integers[1]
+        assert (splits - 1) * chunk < shape.batch * prod(shape.out_size) <= splits * chunk
+        assert grad.partial * ELEMENTS[dtype].sum_bytes <= 64 << 20
+        assert transpose.plan_transpose(shape, dtype, "linear", (0, 0, 0), limits).parts
+
+
+def test_plans_depend_on_what_they_are_told():
+    """A narrow problem gets a narrow tile, a small one small tiles; channels and alignment set the accesses' width."""
+
+    def constants(x_shape, w_shape, aligned=(0, 0, 0), **options):
+        shape = geometry.conv_shape(x_shape, w_shape, **options)
+        return dict(plan_conv_module.plan_conv(shape, "float32", "linear", aligned, LIMITS).constants)
+
+    large = constants((64, 2048, 128), (3, 128, 128))
+    assert (large["BM"], large["BN"], large["VECX"], large["VECW"], large["VECY"]) == (128, 128, 4, 4, 4)
+    assert constants((64, 2048, 128), (3, 128, 16))["BN"] == 16
+    small = constants((1, 1500, 64), (3, 64, 64))
+    assert small["BM"] * small["BN"] < 128 * 128
+    assert constants((64, 2048, 126), (3, 126, 128))["VECX"] == 2
+    assert constants((64, 2048, 128), (3, 128, 128), aligned=(2, 1, 3))["VECX"] == 2
+    assert constants((64, 128, 2048), (3, 128, 128), data_format="channels_first")["VECX"] == 1

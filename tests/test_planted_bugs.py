@@ -1,0 +1,213 @@
+"""The tests can fail: mistakes that people make in kernels, planted one at a time, and what catches each.
+
+A plant changes the text of one kernel file in a copy of kernels/. The same parity case that passes on the real kernels
+must then end in the report or the failure that the plant names.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import emulated
+import emulator
+import numpy as np
+import pytest
+from emulated import EmulatedRuntime
+from test_conv_kernels import LIMITS, Case, last_blocks, only
+
+from cuconv import geometry
+from cuconv.cuda.conv import conv
+from cuconv.cuda.runtime import kernel_directory
+from cuconv.plan import conv as conv_plans
+
+pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+
+SMALL = (32, 32, 4, 4)
+WRONG = "wrong values"
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One mistake: in `file` the text `old`, which stands there once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    run: Callable[[EmulatedRuntime], None]
+    caught: tuple[str, ...]  # kinds of detector reports, or WRONG; each must show
+
+    def __str__(self) -> str:
+        return f"{self.file.partition('.')[0]}-{self.name}"
+
+
+def forward(runtime):
+    Case((2, 19, 4), (3, 4, 8), padding="same").check_forward(runtime)
+
+
+def ragged(runtime):
+    Case((1, 33, 3), (3, 3, 33), padding="same").check_forward(runtime)
+
+
+def input_grad(runtime):
+    Case((2, 19, 4), (3, 4, 8), padding="same", strides=2).check_input_grad(runtime)
+
+
+def kernel_grad(runtime):
+    Case((3, 201, 4), (3, 4, 8), padding="same").check_kernel_grad(runtime)
+
+
+def complex_kernel_grad(runtime):
+    Case((2, 19, 4), (3, 4, 8), "complex64", padding="same").check_kernel_grad(runtime)
+
+
+def every_seed(runtime):
+    """The kernel gradient under several orders of blocks, from workspaces of zeros."""
+    case = Case((2, 300, 4), (3, 4, 8), padding="same")
+    bits = set()
+    for seed in range(4):
+        each = EmulatedRuntime(LIMITS, seed=seed)
+        each.empty = np.zeros
+        bits.add(case.kernel_grad(each).tobytes())
+    assert len(bits) == 1
+
+
+LOOP = """    fetch();
+    multiply(acc, xs[buffer], ws[buffer], own);
+    buffer ^= 1;
+    stage(buffer);
+    __syncthreads();
+"""
+
+PLANTS = [
+    Plant("no barrier in the loop", "conv_simt.cu", LOOP, LOOP.replace("    __syncthreads();\n", ""), forward,
+          ("race",)),
+    Plant("one buffer for both stages", "conv_simt.cu", LOOP, LOOP.replace("    buffer ^= 1;\n", ""), forward,
+          ("race",)),
+    Plant("no barrier before the loop", "conv_simt.cu", "  stage(0);\n  __syncthreads();", "  stage(0);", forward,
+          ("race",)),
+    Plant("a barrier for some", "conv_simt.cu", "    stage(buffer);\n    __syncthreads();",
+          "    stage(buffer);\n    if (m0 + thread < 48) __syncthreads();", ragged, ("divergence",)),
+    Plant("nothing staged at first", "conv_simt.cu", "  stage(0);\n", "", forward, ("uninitialised",)),
+    Plant("no zero fill of x", "conv_simt.cu", "depth[j].offset, inside)", "depth[j].offset, true)", forward,
+          ("bounds",)),
+    Plant("no zero fill of w", "conv_simt.cu", "at < BK * VECTORS_N && k < p.depth && n0 + n < p.columns",
+          "at < BK * VECTORS_N && n0 + n < p.columns", forward, ("bounds",)),
+    Plant("one input too many", "simt.cuh", "{ return unsigned(at) < unsigned(size); }",
+          "{ return unsigned(at) <= unsigned(size); }", forward, ("bounds",)),
+    Plant("one input too few", "simt.cuh", "{ return unsigned(at) < unsigned(size); }",
+          "{ return unsigned(at) < unsigned(size - 1); }", forward, (WRONG,)),
+    Plant("one result too many", "conv_simt.cu", "m0 + own.row(i) >= p.positions ||",
+          "m0 + own.row(i) > p.positions ||",
+          ragged, ("bounds",)),
+    Plant("one filter too many", "conv_simt.cu", "if (n0 + own.column(j) >= p.columns) continue;",
+          "if (n0 + own.column(j) > p.columns) continue;", ragged, ("bounds",)),
+    Plant("the stride forgotten", "conv_simt.cu", "window[i][a] * p.stride[a] - p.pad[a]", "window[i][a] - p.pad[a]",
+          lambda runtime: Case((2, 19, 4), (3, 4, 8), strides=2).check_forward(runtime), (WRONG,)),
+    Plant("one bias for a vector", "conv_simt.cu", "widen(p.bias[f + v])", "widen(p.bias[f])", forward, (WRONG,)),
+    Plant("a tap that never ends", "conv_simt.cu", "    d.channel -= p.channels;\n", "", forward, ("hang",)),
+    Plant("taps not reversed", "pack_weights.cu", "(p.taps[a] - 1 - t) * p.step[a]", "t * p.step[a]", input_grad,
+          (WRONG,)),
+    Plant("no barrier in a transposition", "pack_weights.cu", "  __syncthreads();\n", "", input_grad, ("race",)),
+    Plant("no taps but the kernel's", "pack_weights.cu", "exists = exists && tap[a] < p.kernel[a];", "",
+          input_grad, ("bounds",)),
+    Plant("no crop", "conv_simt.cu", "inside = inside && within(row.at[a] + column.at[a], p.full[a]);", "",
+          input_grad, ("bounds",)),
+    Plant("positions of the next split", "kernel_grad_simt.cu", "bool inside = position < end;", "bool inside = true;",
+          kernel_grad, ("bounds",)),
+    Plant("not conjugated", "kernel_grad_simt.cu", "xr[i].at[v] = conjugate(xr[i].at[v]);", "",
+          complex_kernel_grad, (WRONG,)),
+    Plant("no barrier in the loop", "kernel_grad_simt.cu", LOOP, LOOP.replace("    __syncthreads();\n", ""),
+          kernel_grad, ("race",)),
+    Plant("the last split forgotten", "reduce_splits.cu", "s < p.splits", "s < p.splits - 1", kernel_grad, (WRONG,)),
+    Plant("splits added as they come", "kernel_grad_simt.cu", "      store(dw + m * filters + n, v);",
+          "for (int q = 0; q < VECW; ++q) atomicAdd(p.dw + g * p.columns + m * filters + n + q, v.at[q]);",
+          every_seed, (WRONG,)),
+]  # fmt: skip
+
+
+@pytest.fixture
+def plant(monkeypatch, tmp_path):
+    """Changes the text of a kernel for the emulated runtimes of this test."""
+
+    def change(file, old, new):
+        folder = tmp_path / "kernels"
+        shutil.copytree(kernel_directory(), folder)
+        text = (folder / file).read_text()
+        assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
+        (folder / file).write_text(text.replace(old, new))
+        monkeypatch.setattr(emulated, "kernel_directory", lambda: folder)
+        emulated.module.cache_clear()
+
+    yield change
+    emulated.module.cache_clear()
+
+
+@pytest.mark.parametrize("bug", PLANTS, ids=str)
+def test_planted_bug_is_caught(bug, plant):
+    plant(bug.file, bug.old, bug.new)
+    with only("float32", SMALL):
+        caught = what_catches(bug.run, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=3.0))
+    assert set(bug.caught) <= caught, caught
+
+
+def test_without_a_bug_nothing_is_caught():
+    with only("float32", SMALL):
+        for run in {bug.run for bug in PLANTS}:
+            assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
+
+
+def what_catches(run, runtime) -> set[str]:
+    try:
+        run(runtime)
+    except emulator.EmulationError as error:
+        return {report.kind for report in error.reports}
+    except AssertionError:
+        return {WRONG}
+    return set()
+
+
+# --- Mistakes in plans -------------------------------------------------------------------------------------------
+
+
+class Tampered(EmulatedRuntime):
+    """Runs other plans than it is given."""
+
+    change = staticmethod(lambda plan: plan)
+
+    def launch(self, plan, arrays):
+        super().launch(self.change(plan), arrays)
+
+
+def test_a_block_that_is_not_launched():
+    runtime = Tampered(LIMITS, mode="trace")
+    runtime.change = lambda plan: replace(plan, grid=(plan.grid[0] - 1, 1, 1))
+    with only("float32", SMALL):
+        assert what_catches(ragged, runtime) == {WRONG}
+
+
+def test_an_access_wider_than_memory_allows():
+    runtime = Tampered(LIMITS, mode="trace")
+
+    def wider(plan):
+        return replace(plan, constants=tuple((k, 4 if k == "VECX" else v) for k, v in plan.constants))
+
+    runtime.change = wider
+    with only("float32", SMALL):
+        assert "alignment" in what_catches(lambda r: Case((1, 33, 6), (3, 6, 8)).check_forward(r), runtime)
+
+
+def test_indices_of_32_bits_where_64_are_needed(monkeypatch):
+    """On a sparse array of 4 GiB and more; only its last block runs."""
+    monkeypatch.setattr(conv_plans, "index_bytes", lambda *extents: 4)
+    shape = geometry.conv_shape((1, 2**29 + 77, 4), (3, 4, 4), padding="same")
+    x, y = np.zeros(shape.x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
+    conv_plans.plan_conv.cache_clear()
+
+    def run(runtime):
+        conv(runtime, shape, x, np.ones((3, 4, 4), np.float16), None, None, y, 0)
+
+    try:
+        assert "bounds" in what_catches(run, EmulatedRuntime(LIMITS, blocks=last_blocks))
+    finally:
+        conv_plans.plan_conv.cache_clear()
