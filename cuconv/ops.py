@@ -79,6 +79,7 @@ Padding = str | Sequence[int] | Sequence[Sequence[int]]
 Sizes = int | Sequence[int]
 
 DTYPES = tuple(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128)))
+_DTYPES = frozenset(DTYPES)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos3", "lanczos5")
 PRECISIONS = ("highest", "high")
 
@@ -664,15 +665,22 @@ def _engine(first: Array, *others: Array | None) -> Any:
     arrays = [array for array in (first, *others) if array is not None]
     engine = _place(arrays)
     dtype = first.dtype
-    if dtype not in DTYPES or any(array.dtype != dtype for array in arrays):
-        given = ", ".join(str(array.dtype) for array in arrays)
-        raise TypeError(f"arrays must have one dtype of {', '.join(each.name for each in DTYPES)}. Received: {given}")
-    return engine
+    for array in arrays:
+        if array.dtype is not dtype and array.dtype != dtype:
+            break
+    else:
+        if dtype in _DTYPES:
+            return engine
+    given = ", ".join(str(array.dtype) for array in arrays)
+    raise TypeError(f"arrays must have one dtype of {', '.join(each.name for each in DTYPES)}. Received: {given}")
 
 
 def _place(arrays: Sequence[Array]) -> Any:
     """The engine of the place where all of `arrays` live."""
-    if all(isinstance(array, np.ndarray) for array in arrays):
+    for array in arrays:
+        if not isinstance(array, np.ndarray):
+            break
+    else:
         return _host_engine
     on_gpu = any(hasattr(array, "__cuda_array_interface__") for array in arrays)
     if on_gpu and not runtime.probe().usable:

@@ -16,8 +16,9 @@ from compare import assert_close, poisoned
 from emulated import EmulatedRuntime
 from strategies import uniform
 
-from cuconv import activations, geometry
+from cuconv import activations, geometry, ops
 from cuconv.cuda.conv import conv, kernel_grad
+from cuconv.cuda.runtime import CudaRuntime, current, device_array, probe
 from cuconv.cuda.transpose import conv_transpose
 from cuconv.plan import conv as plan_conv_module
 from cuconv.plan import simt, transpose
@@ -26,7 +27,6 @@ from cuconv.plan.types import ELEMENTS
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
-WORKSPACE = 1 << 20
 LIMITS = DEVICES["H200"]
 
 
@@ -48,8 +48,15 @@ def forget_plans():
         plan.cache_clear()
 
 
+def to_runtime(runtime, value):
+    """An array where those of a runtime live; anything else as it is."""
+    return device_array(value) if isinstance(value, np.ndarray) and isinstance(runtime, CudaRuntime) else value
+
+
 class Case:
     """A convolution with random arrays, and its three passes on a runtime."""
+
+    workspace = 1 << 20
 
     def __init__(self, x_shape, w_shape, dtype="float32", seed=0, **options):
         self.dtype, self.options = dtype, options
@@ -58,22 +65,22 @@ class Case:
         shapes = (self.shape.x_shape, w_shape, (w_shape[-1],), self.shape.y_shape)
         self.x, self.w, self.bias, self.dy = (uniform(rng, shape, dtype) for shape in shapes)
 
+    def run(self, runtime, function, out_shape, *arguments):
+        """The output of an engine function, which gets it full of NaN; arrays go where the runtime's live and back."""
+        out = to_runtime(runtime, poisoned(out_shape, self.dtype))
+        function(runtime, self.shape, *(to_runtime(runtime, each) for each in arguments), out, self.workspace)
+        return ops.to_numpy(out)
+
     def forward(self, runtime, activation=None, bias=True):
-        y = poisoned(self.shape.y_shape, self.dtype)
         bias = self.bias if bias else None
         function = activations.get(activation) if activation else None
-        conv(runtime, self.shape, self.x, self.w, bias, function, y, WORKSPACE)
-        return y
+        return self.run(runtime, conv, self.shape.y_shape, self.x, self.w, bias, function)
 
     def input_grad(self, runtime):
-        dx = poisoned(self.shape.x_shape, self.dtype)
-        conv_transpose(runtime, self.shape, self.dy, self.w.conj(), None, None, dx, WORKSPACE)
-        return dx
+        return self.run(runtime, conv_transpose, self.shape.x_shape, self.dy, self.w.conj(), None, None)
 
-    def kernel_grad(self, runtime, workspace=WORKSPACE):
-        dw = poisoned(self.shape.w_shape, self.dtype)
-        kernel_grad(runtime, self.shape, self.x, self.dy, dw, workspace)
-        return dw
+    def kernel_grad(self, runtime):
+        return self.run(runtime, kernel_grad, self.shape.w_shape, self.x, self.dy)
 
     def check_forward(self, runtime, activation=None, bias=True):
         expected = oracle.conv(
@@ -87,11 +94,10 @@ class Case:
         terms = prod(self.w.shape[:-2]) * self.w.shape[-1]
         assert_close(self.input_grad(runtime), expected, dtype=self.dtype, terms=terms, what="input gradient")
 
-    def check_kernel_grad(self, runtime, workspace=WORKSPACE):
+    def check_kernel_grad(self, runtime):
         expected = oracle.conv_kernel_grad(self.x, self.dy, self.w.shape, **self.options)
         terms = max(1, self.dy.size // self.w.shape[-1])
-        actual = self.kernel_grad(runtime, workspace)
-        assert_close(actual, expected, dtype=self.dtype, terms=terms, what="kernel gradient")
+        assert_close(self.kernel_grad(runtime), expected, dtype=self.dtype, terms=terms, what="kernel gradient")
 
     def check(self, runtime):
         self.check_forward(runtime)
@@ -146,7 +152,7 @@ def run_tile(dtype, tile, rank, data_format, make_runtime=trace):
             try:
                 case.check(runtime)
             except (AssertionError, emulator.EmulationError) as error:
-                error.add_note(f"x {x_shape}, w {w_shape}, {options}; {runtime.launches[-1:]}")
+                error.add_note(f"x {x_shape}, w {w_shape}, {options}; {getattr(runtime, 'launches', ())[-1:]}")
                 raise
 
 
@@ -179,6 +185,17 @@ def test_every_tile_of_every_kind(dtype, tile, rank, data_format):
     run_tile(dtype, tile, rank, data_format)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not probe().usable, reason=probe().reason)
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    "dtype, tile", [*TILES, ("bfloat16", simt.TILES[4][0]), ("complex64", simt.TILES[8][0])], ids=name
+)
+def test_every_tile_on_a_gpu(dtype, tile, rank, data_format):
+    run_tile(dtype, tile, rank, data_format, lambda seed: current())
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64"])
@@ -200,12 +217,12 @@ def test_fused_activation(name):
 def test_splits_are_added_in_their_order():
     """Many positions and few weights: the gradient is split, and every workspace gives an answer."""
     case = Case((3, 700, 2), (3, 2, 4), padding="same")
-    for workspace, splits in ((WORKSPACE, True), (0, False), (24 * 4 * 3, True)):
+    for case.workspace, splits in ((1 << 20, True), (0, False), (24 * 4 * 3, True)):
         runtime = trace()
-        case.check_kernel_grad(runtime, workspace)
+        case.check_kernel_grad(runtime)
         assert [plan.kernel for plan in runtime.launches] == ["kernel_grad_simt", "reduce_splits"][: 1 + splits]
         if splits:
-            assert runtime.launches[1].integers[0] * 24 * 4 <= workspace
+            assert runtime.launches[1].integers[0] * 24 * 4 <= case.workspace
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
@@ -325,7 +342,7 @@ def test_indices_beyond_32_bits(data_format):
     tail = (slice(None), slice(None), slice(n - 300, n)) if first else (slice(None), slice(n - 300, n))
     x[tail] = uniform(rng, x[tail].shape, "float16")
     runtime = EmulatedRuntime(LIMITS, blocks=last_blocks)
-    conv(runtime, shape, x, w, None, None, y, WORKSPACE)
+    conv(runtime, shape, x, w, None, None, y, 0)
     (plan,) = runtime.launches
     assert plan.index_bytes == 8
     whole = oracle.conv(x[tail], w, padding="same", data_format=data_format)

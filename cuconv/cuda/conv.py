@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cuconv.activations import Activation
-from cuconv.cuda.arrays import Array, Runtime, alignment, compact, writing
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
 from cuconv.geometry import ConvShape
 from cuconv.plan.conv import plan_conv, plan_kernel_grad
 from cuconv.plan.types import ELEMENTS
@@ -24,7 +24,7 @@ def conv(
         return
     x, w, bias = (compact(runtime, array) for array in (x, w, bias))
     with writing(runtime, out) as y:
-        plan = plan_conv(shape, out.dtype.name, name_of(activation), alignment(runtime, x, w, y), runtime.limits)
+        plan = plan_conv(shape, dtype_name(out.dtype), name_of(activation), alignment(runtime, x, w, y), runtime.limits)
         runtime.launch(plan, (x, w, bias, y))
 
 
@@ -38,11 +38,11 @@ def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Ar
         return
     x, dy = compact(runtime, x), compact(runtime, dy)
     with writing(runtime, out) as dw:
-        plan = plan_kernel_grad(shape, out.dtype.name, alignment(runtime, x, dy, dw), workspace, runtime.limits)
+        plan = plan_kernel_grad(shape, dtype_name(out.dtype), alignment(runtime, x, dy, dw), workspace, runtime.limits)
         if plan.reduce is None:
             runtime.launch(plan.grad, (x, dy, dw))
         else:
-            partial = runtime.empty((plan.partial,), ELEMENTS[out.dtype.name].sum_dtype)
+            partial = runtime.empty((plan.partial,), ELEMENTS[dtype_name(out.dtype)].sum_dtype)
             runtime.launch(plan.grad, (x, dy, partial))
             runtime.launch(plan.reduce, (partial, dw))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cuconv.activations import Activation
-from cuconv.cuda.arrays import Array, Runtime, alignment, compact, writing
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
 from cuconv.cuda.conv import name_of
 from cuconv.geometry import ConvShape
 from cuconv.plan.transpose import plan_transpose
@@ -29,7 +29,7 @@ def conv_transpose(
     y, w, bias = (compact(runtime, array) for array in (y, w, bias))
     with writing(runtime, out) as target:
         aligned = alignment(runtime, y, w, target)
-        plan = plan_transpose(shape, out.dtype.name, name_of(activation), aligned, runtime.limits)
+        plan = plan_transpose(shape, dtype_name(out.dtype), name_of(activation), aligned, runtime.limits)
         packed = runtime.empty((plan.packed,), out.dtype) if plan.packed else None
         for part in plan.parts:
             if part.pack is not None:
