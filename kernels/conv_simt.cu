@@ -51,13 +51,13 @@ struct Params {
 #endif
 };
 
-// The k of one slot: its channel, its tap as the distance from the first input of a window, and both as an offset in x.
+// The k of one slot: its channel, and its tap as the distance from the first input of a window.
 struct Depth {
-  Index channel, reach[RANK], offset;
+  Index channel, reach[RANK];
 };
 
-// Carries whole taps out of the channel of `d`, and finds its offset. Behind the last k, reach[0] is span[0] or more.
-__device__ __forceinline__ void settle(Depth& d, const Params& p, Index step_l, Index step_c) {
+// Carries whole taps out of the channel of `d`. Behind the last k, reach[0] is span[0] or more.
+__device__ __forceinline__ void settle(Depth& d, const Params& p) {
   while (d.channel >= p.channels) {
     d.channel -= p.channels;
 #pragma unroll
@@ -67,7 +67,6 @@ __device__ __forceinline__ void settle(Depth& d, const Params& p, Index step_l, 
       d.reach[a] = 0;
     }
   }
-  d.offset = linear(d.reach, p.in) * step_l + d.channel * step_c;
 }
 
 // Part of an index of y: rows of the product have one, columns the other, and their sum is a place.
@@ -92,11 +91,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
   // Elements from one position of x to the next, and from one channel to the next.
   const Index step_l = CHANNELS_FIRST ? 1 : p.groups * p.channels;
   const Index step_c = CHANNELS_FIRST ? volume(p.in) : 1;
-  const E* const x = p.x + g * p.channels * step_c;
-  const E* const w = p.w + g * p.w_group + n0;
 
-  // The windows of this thread's positions: first input on every axis, and its offset in x. A position behind the last
-  // one gets a window outside of x.
+  // The windows of this thread's positions: first input on every axis, and its index in x. A position behind the last
+  // one gets a window outside of x. Indices instead of pointers: registers are what limits this kernel.
   const int row0 = CHANNELS_FIRST ? lane : thread / VECTORS_K;
   Index window[ROWS][RANK], origin[ROWS];
 #pragma unroll
@@ -105,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
     const Index b = split(m, p.out, window[i]);
 #pragma unroll
     for (int a = 0; a < RANK; ++a) window[i][a] = window[i][a] * p.stride[a] - p.pad[a];
-    origin[i] = b * p.groups * p.channels * volume(p.in) + linear(window[i], p.in) * step_l;
+    origin[i] = (b * p.groups * volume(p.in) + g * step_c) * p.channels + linear(window[i], p.in) * step_l;
     if (m >= p.positions) window[i][0] = NOWHERE;
   }
   Depth depth[SLOTS];
@@ -113,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
   for (int j = 0; j < SLOTS; ++j) {
     depth[j] = {};
     depth[j].channel = CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX;
-    settle(depth[j], p, step_l, step_c);
+    settle(depth[j], p);
   }
 
   // 1. Stage: from global memory to registers, and a step later to shared memory.
@@ -123,21 +120,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
   const auto fetch = [&] {
 #pragma unroll
     for (int j = 0; j < SLOTS; ++j) {
+      const Index offset = linear(depth[j].reach, p.in) * step_l + depth[j].channel * step_c;
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         bool inside = depth[j].reach[0] < p.span[0];
 #pragma unroll
-        for (int a = 0; a < RANK; ++a) inside = inside && within(window[i][a] + depth[j].reach[a], p.in[a]);
-        xr[j][i] = load_or_zero<VECX>(x + origin[i] + depth[j].offset, inside);
+        for (int a = 0; a < RANK; ++a) inside &= within(window[i][a] + depth[j].reach[a], p.in[a]);
+        xr[j][i] = load_or_zero<VECX>(p.x + (origin[i] + offset), inside);
       }
       depth[j].channel += BK;
-      settle(depth[j], p, step_l, step_c);
+      settle(depth[j], p);
     }
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) {
       const int at = thread + i * THREADS;
-      const Index k = k0 + at / VECTORS_N, n = at % VECTORS_N * VECW;
-      wr[i] = load_or_zero<VECW>(w + k * p.w_pitch + n, at < BK * VECTORS_N && k < p.depth && n0 + n < p.columns);
+      const Index k = k0 + at / VECTORS_N, n = n0 + at % VECTORS_N * VECW;
+      const bool inside = at < BK * VECTORS_N && k < p.depth && n < p.columns;
+      wr[i] = load_or_zero<VECW>(p.w + (g * p.w_group + k * p.w_pitch + n), inside);
     }
     k0 += BK;
   };
@@ -218,27 +217,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
 
   // VECY results that are neighbours in y: positions in channels_first, else filters.
   constexpr int STEP_M = CHANNELS_FIRST ? VECY : 1, STEP_N = CHANNELS_FIRST ? 1 : VECY;
-  Place rows[TM];
+  Place columns[TN];
+  S bias[TN] = {};
 #pragma unroll
-  for (int i = 0; i < TM; i += STEP_M) rows[i] = row_of(m0 + own.row(i));
-#pragma unroll
-  for (int j = 0; j < TN; j += STEP_N) {
-    if (n0 + own.column(j) >= p.columns) continue;
+  for (int j = 0; j < TN; ++j) {
     Index f;
-    const Place column = column_of(n0 + own.column(j), f);
-    S bias[STEP_N] = {};
-    if (p.bias) {
+    columns[j] = column_of(n0 + own.column(j), f);
+    if (p.bias && n0 + own.column(j) < p.columns) bias[j] = widen(p.bias[f]);
+  }
 #pragma unroll
-      for (int v = 0; v < STEP_N; ++v) bias[v] = widen(p.bias[f + v]);
-    }
+  for (int i = 0; i < TM; i += STEP_M) {
+    if (m0 + own.row(i) >= p.positions) continue;
+    const Place row = row_of(m0 + own.row(i));
 #pragma unroll
-    for (int i = 0; i < TM; i += STEP_M) {
-      if (m0 + own.row(i) >= p.positions || !exists(rows[i], column)) continue;
+    for (int j = 0; j < TN; j += STEP_N) {
+      if (n0 + own.column(j) >= p.columns || !exists(row, columns[j])) continue;
       Vector<E, VECY> v;
 #pragma unroll
       for (int q = 0; q < VECY; ++q)
-        v.at[q] = finish<ACTIVATION, E>(add(acc[i + q % STEP_M][j + q % STEP_N], bias[q % STEP_N]));
-      store(p.y + rows[i].offset + column.offset, v);
+        v.at[q] = finish<ACTIVATION, E>(add(acc[i + q % STEP_M][j + q % STEP_N], bias[j + q % STEP_N]));
+      store(p.y + row.offset + columns[j].offset, v);
     }
   }
 }
