@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-keras bench-cpu clean
+.PHONY: help demo test test-exhaustive test-gpu sanitize lint test-keras bench-cpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,15 @@ demo: $(VENV)/.has-base  ## watch a Conv1D network learn from a smartwatch's sen
 
 test: $(VENV)/.has-test  ## run the tests that need no GPU and no Keras
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not keras and not gpu and not exhaustive" $(ARGS)
+
+test-exhaustive: $(VENV)/.has-test  ## run every kernel, tile and edge on the processor, 25 minutes at most
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "exhaustive and not gpu" $(ARGS)
+
+test-gpu:  ## run the kernels on the GPU at hand; needs CuPy and pytest in PYTHON
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+sanitize:  ## run the quick parity list under compute-sanitizer's four tools; needs a GPU
+	tests/sanitize.sh $(PYTHON)
 
 lint: $(VENV)/.has-dev  ## ruff and mypy
 	$(BIN)/ruff check .
