@@ -1,6 +1,7 @@
-"""The command line: `cuconv demo`, `cuconv run` and `cuconv doctor`.
+"""The command line: `cuconv demo`, `cuconv run`, `cuconv doctor` and `cuconv parity`.
 
-Exit codes: 0 done, 1 failed (the reason is on stderr, or in "error" with --json), 2 wrong usage.
+Exit codes: 0 done, 1 failed (the reason is on stderr, or in "error" with --json), 2 wrong usage, or a GPU is asked for
+that is not there.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from typing import IO, Any
 import numpy as np
 import rich.markup
 import rich.progress
+import rich.table
 from rich.console import Console
 
 import cuconv
-from cuconv import doctor, models
+from cuconv import doctor, models, parity
+from cuconv.cuda import runtime
 from cuconv.demo import show
 
 
 class CommandError(Exception):
     """A command cannot do what it was asked for; the message tells the user why."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code  # to exit with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps({"error": str(error)}))
         print(f"cuconv {options.name}: error: {error}", file=sys.stderr)
-        return 1
+        return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU where one is usable")
 
     add("doctor", _doctor, "say what this machine offers and where cuconv computes")
+
+    check = add("parity", _parity, "compare every operation with its answer in double precision")
+    check.add_argument(
+        "--device", type=_device, metavar="N", help="number of a GPU (default: the first usable one), or cpu"
+    )
+    check.add_argument("--quick", action="store_true", help="all variants of float32 in 1-D only, one of the rest")
     return parser
 
 
@@ -89,6 +102,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"an integer of 1 or more is needed, not {text!r}")
     return int(text)
+
+
+def _device(text: str) -> int | str:
+    if text != "cpu" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"the number of a GPU or cpu is needed, not {text!r}")
+    return text if text == "cpu" else int(text)
 
 
 # --- demo --------------------------------------------------------------------------------------------------------
@@ -231,12 +250,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _print_findings(found: dict[str, Any]) -> None:
-    kernels, arrays = found["kernels"], found["arrays"]
-    gpus = [
-        f"{gpu['index']}: {gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, "
-        f"compute capability {gpu['compute_capability']}"
-        for gpu in found["gpus"]
-    ]
+    kernels, arrays, compiling, compiled = (found[key] for key in ("kernels", "arrays", "compiling", "compiled"))
     unknown = "absent" if found["cupy"] else "unknown without CuPy"
     rows = {
         "cuconv": found["cuconv"],
@@ -247,10 +261,106 @@ def _print_findings(found: dict[str, Any]) -> None:
         "CuPy": found["cupy"] or "absent",
         "driver": f"CUDA {found['driver']}" if found["driver"] else unknown,
         "NVRTC": found["nvrtc"] or unknown,
-        "GPUs": "; ".join(gpus) or unknown,
-        "kernels": kernels["error"] or f"{len(kernels['files'])} file(s) in {kernels['path']}",
-        "arrays": f"cuconv.asarray gives {arrays['library']} arrays: {arrays['reason']}",
     }
+    rows |= {f"GPU {gpu['index']}": _gpu_in_words(gpu) for gpu in found["gpus"]} or {"GPUs": unknown}
+    rows["kernels"] = kernels["error"] or f"{len(kernels['files'])} file(s) in {kernels['path']}"
+    if compiling:
+        took = f"common.cuh for {compiling['target']} in {1e3 * compiling['seconds']:.0f} ms"
+        rows["compiling"] = f"fails: {compiling['problem']}" if compiling["problem"] else took
+    size = (
+        f"{compiled['files']} file(s), {compiled['bytes'] / 2**20:.1f} of at most {compiled['limit_bytes'] >> 20} MiB"
+    )
+    problem = f"; not used: {compiled['problem']}" if compiled["problem"] else ""
+    rows["compiled"] = f"{size} in {compiled['path']}{problem}"
+    rows["arrays"] = f"cuconv.asarray gives {arrays['library']} arrays: {arrays['reason']}"
     console = Console(highlight=False)
     for name, fact in rows.items():  # a path that is broken into lines could not be copied
         console.print(f"[bold]{name:<10}[/]{rich.markup.escape(fact)}", soft_wrap=True)
+
+
+def _gpu_in_words(gpu: dict[str, Any]) -> str:
+    words = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, compute capability {gpu['compute_capability']}"
+    if gpu["limits"]:
+        limits = gpu["limits"]
+        words += (
+            f", {limits['multiprocessors']} multiprocessors, {limits['shared_bytes'] >> 10} KiB of shared memory "
+            f"a block, {limits['l2_bytes'] >> 20} MiB L2, {limits['bandwidth'] / 1e12:.2f} TB/s; "
+            f"kernels as {gpu['kernels_as']}"
+        )
+    return f"{words}; {gpu['problem']}" if gpu["problem"] else words
+
+
+# --- parity ------------------------------------------------------------------------------------------------------
+
+SHOWN_FAILURES = 20
+
+
+def _parity(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    place: parity.Place = np.asarray
+    without: tuple[str, ...] = ()
+    current: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if options.device == "cpu":  # in double precision there is nothing to compare it with
+        name, without = doctor.device_of(np.zeros(1)), ("float64", "complex128")
+    else:
+        gpu = _gpu_to_check(options.device)
+        name = f"GPU {gpu.index} ({gpu.name}, {gpu.target})"
+        place, current = runtime.device_array, runtime.on(gpu.index)
+    listed = parity.cases(options.quick, without)
+    console = Console(stderr=True)
+    results: Iterable[parity.Outcome] = parity.run(listed, place)
+    if console.is_terminal and not options.json:
+        results = rich.progress.track(results, description="parity", total=len(listed), console=console)
+    with current:
+        outcomes = list(results)
+    report = {"device": name, **parity.summary(outcomes), "seconds": time.perf_counter() - started}
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_parity(report)
+    return 1 if report["failed"] else 0
+
+
+def _gpu_to_check(index: int | None) -> runtime.Device:
+    """The GPU of that number, or the first that kernels can be compiled for."""
+    found = runtime.probe()
+    known = {each.index: each for each in found.devices}
+    reason = found.reason
+    if found.usable:
+        chosen = next(each for each in found.devices if each.target) if index is None else known.get(index)
+        if chosen and chosen.target:
+            return chosen
+        reason = (chosen and chosen.problem) or f"there is no GPU {index}"
+    raise CommandError(f"{reason}. `--device cpu` checks the NumPy path", code=2)
+
+
+def _print_parity(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = rich.table.Table(title=f"Cases, and the largest error as a part of what is allowed, on {report['device']}")
+    table.add_column("operation")
+    dtypes = list(dict.fromkeys(dtype for row in report["operations"].values() for dtype in row))
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+    for operation, row in report["operations"].items():
+        table.add_row(operation, *(_cell(row.get(dtype)) for dtype in dtypes))
+    console.print(table)
+    for failure in report["failures"][:SHOWN_FAILURES]:
+        text = rich.markup.escape(f"{failure['case']}: {failure['problem']}")
+        console.print(f"[red]failed[/] {text}", soft_wrap=True)
+    hidden = report["failed"] - SHOWN_FAILURES
+    if hidden > 0:
+        console.print(f"and {hidden} more; --json lists them all")
+    verdict = f"[red]{report['failed']} of {report['cases']} cases failed[/]"
+    if not report["failed"]:
+        verdict = f"[green]all {report['cases']} cases passed[/]"
+    console.print(f"{verdict} in {report['seconds']:.0f} s")
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    return (
+        f"[red]{cell['failed']} of {cell['cases']} failed[/]"
+        if cell["failed"]
+        else f"{cell['cases']}  {cell['share']:.2f}"
+    )

@@ -1,24 +1,30 @@
-"""What `cuconv doctor` reports: versions, the place that `cuconv.asarray` chooses and why, and the kernels found."""
+"""What `cuconv doctor` reports: versions, the place that `cuconv.asarray` chooses and why, the GPUs, and the kernels:
+the sources found, whether they compile, and where compiled ones are kept."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
+import time
 from typing import Any
 
 import numpy as np
 
 from cuconv import __version__, ops
 from cuconv.cuda import runtime
+from cuconv.plan.devices import OLDEST
+from cuconv.plan.types import PlanError
 
 
 def examine() -> dict[str, Any]:
     """Facts about this machine and installation, fit for JSON. `healthy` is whether the installation is whole."""
     found = runtime.probe()
     kernels = _kernels()
+    compiling = _compiling(found) if found.nvrtc_version and not kernels["error"] else None
     return {
-        "healthy": not kernels["error"],
+        "healthy": not kernels["error"] and not (compiling and compiling["problem"]),
         "cuconv": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -36,11 +42,16 @@ def examine() -> dict[str, Any]:
                 "name": device.name,
                 "compute_capability": device.compute_capability,
                 "memory_bytes": device.memory_bytes,
+                "limits": dataclasses.asdict(device.limits) if device.limits else None,
+                "kernels_as": str(device.target) if device.target else None,
+                "problem": device.problem,
             }
             for device in found.devices
         ],
         "arrays": {"library": "CuPy" if found.usable else "NumPy", "reason": found.reason},
         "kernels": kernels,
+        "compiling": compiling,
+        "compiled": runtime.cubin_cache().summary(),
     }
 
 
@@ -63,6 +74,23 @@ def _blas() -> str:
     built: Any = np.show_config(mode="dicts")
     blas = built.get("Build Dependencies", {}).get("blas", {})
     return f"{blas.get('name', 'unknown BLAS')} {blas.get('version', '')}".strip()
+
+
+def _compiling(found: runtime.Probe) -> dict[str, Any] | None:
+    """Whether NVRTC takes the kernels' common header, for the first GPU or the oldest one there could be.
+
+    None where it cannot be asked; `arrays` says why.
+    """
+    oldest = runtime.Target("sm_{}{}".format(*OLDEST))
+    target = next((device.target for device in found.devices if device.target), oldest)
+    started, problem = time.perf_counter(), None
+    try:
+        runtime.compile_check(target)
+    except runtime.KernelError as error:
+        problem = str(error)
+    except PlanError:
+        return None
+    return {"target": str(target), "seconds": time.perf_counter() - started, "problem": problem}
 
 
 def _kernels() -> dict[str, Any]:

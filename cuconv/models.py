@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import rich.progress
 import rich.table
 
 from cuconv import geometry, layers, ops, weights
+from cuconv.cuda import runtime
 from cuconv.layers.base import (
     Array,
     InputLayer,
@@ -409,6 +411,8 @@ class Model(Layer):
     ) -> Any:
         """The outputs for host data of any size, as NumPy arrays, computed batch by batch.
 
+        On a GPU, batches are copied there and back while others are computed; the weights move there once.
+
         Args:
             x: an array, maybe memory-mapped, a list of them, or a dict by input name; the first axes have one length.
             batch_size: samples a batch; None is 32.
@@ -424,17 +428,36 @@ class Model(Layer):
             raise ValueError(
                 f"all inputs must have the same number of samples. Received: {[each.shape for each in inputs]}"
             )
-        place = self._placing(device, inputs)
+        place, sample = self._placing(device, inputs)
+        starts = self._progress(range(0, max(count, 1), size), verbose)
+        batches = (tuple(each[start : start + size] for each in inputs) for start in starts)
+        results: Generator[Sequence[Array], None, None]
+        if runtime.is_device_array(sample) and all(isinstance(each, np.ndarray) for each in inputs):
+            results = self._streamed(batches, inputs, sample)
+        else:
+            results = (self._predict_batch(tuple(map(place, batch))) for batch in batches)
         outputs: list[np.ndarray] = []
-        for start in self._progress(range(0, max(count, 1), size), verbose):
-            batch = tuple(place(each[start : start + size]) for each in inputs)
-            for index, y in enumerate(to_tuple(self._apply(batch, training=False))):
-                if index == len(outputs):
-                    outputs.append(np.empty((count, *y.shape[1:]), y.dtype))
-                outputs[index][start : start + size] = ops.to_numpy(y)
+        with contextlib.closing(results):
+            for number, ys in enumerate(results):
+                outputs = outputs or [np.empty((count, *y.shape[1:]), y.dtype) for y in ys]
+                for output, y in zip(outputs, ys, strict=True):
+                    output[number * size : (number + 1) * size] = ops.to_numpy(y)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def _placing(self, device: str | None, inputs: list[Array]) -> Callable[[Array], Array]:
+    def _predict_batch(self, batch: tuple[Array, ...]) -> tuple[Array, ...]:
+        return to_tuple(self._apply(batch, training=False))
+
+    def _streamed(
+        self, batches: Iterable[Sequence[np.ndarray]], inputs: Sequence[np.ndarray], sample: Array
+    ) -> Generator[list[np.ndarray], None, None]:
+        """The outputs of host batches, computed on the GPU that holds the weights or else `sample`."""
+        tensors = self._known_graph().inputs
+        dtypes = [_uploaded(each.dtype, np.dtype(tensor.dtype)) for each, tensor in zip(inputs, tensors, strict=True)]
+        device = next(filter(runtime.is_device_array, self.weights), sample).device.id
+        return runtime.stream_batches(self._predict_batch, batches, dtypes, device)
+
+    def _placing(self, device: str | None, inputs: list[Array]) -> tuple[Callable[[Array], Array], Array]:
+        """What brings arrays to where the model computes, and an array that lives there."""
         if device not in (None, "cpu", "gpu"):
             raise ValueError(f'`device` must be None, "cpu" or "gpu". Received: device={device!r}')
         homes = {leaf._home for leaf in self._leaves()} - {None}
@@ -442,12 +465,12 @@ class Model(Layer):
             place: Callable[[Array], Array] = _host_array
         else:
             place = ops.asarray
-        sample = place(inputs[0][:0])
+        sample, *_ = [place(each[:0]) for each in inputs]  # all of them: an array that cannot be placed is told here
         if device == "gpu" and isinstance(sample, np.ndarray):
             raise ValueError('no usable GPU; `cuconv doctor` says why. Received: device="gpu"')
         if homes - {type(sample)}:
             self._move(sample)
-        return place
+        return place, sample
 
     def _progress(self, steps: range, verbose: bool | int | str) -> Iterable[int]:
         console = rich.console.Console()
@@ -744,6 +767,13 @@ def _add(sums: dict[Any, Array], key: Any, part: Array) -> None:
 
 def _host_array(x: Array) -> np.ndarray:
     return np.asarray(ops.to_numpy(x))
+
+
+def _uploaded(given: np.dtype, wanted: np.dtype) -> np.dtype:
+    """The dtype in which samples go to a GPU: the model's, or their own where that has fewer bytes to copy."""
+    smaller = given.kind in "biuf" and given.itemsize < wanted.itemsize
+    complex_to_real = given.kind == "c" and wanted.kind != "c"  # an error that the model reports
+    return given.newbyteorder("=") if smaller or complex_to_real else wanted
 
 
 def _input_of(layer: Layer) -> list[SymbolicTensor]:

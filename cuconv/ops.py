@@ -34,17 +34,19 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
 
 from cuconv import activations, geometry, reference
 from cuconv.cuda import runtime
+from cuconv.cuda.engine import Engine
 from cuconv.geometry import ConvShape, halo
 from cuconv.plan.reference import DEFAULT_WORKSPACE
 from cuconv.plan.types import PlanError
@@ -118,7 +120,7 @@ def like(array: Array, reference: Array) -> Array:
     """`array` where `reference` lives; the same array if it is there already."""
     if isinstance(reference, np.ndarray):
         return to_numpy(array)
-    return runtime.device_array(array) if isinstance(array, np.ndarray) else array
+    return runtime.device_array(array, reference.device.id) if isinstance(array, np.ndarray) else array
 
 
 def to_numpy(array: Array) -> np.ndarray:
@@ -126,9 +128,30 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _where_arrays_are(function: Function) -> Function:
+    """Makes the GPU of the first array the current one during a call: CuPy's own functions compute there."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if arguments and isinstance(arguments[0], np.ndarray):
+            return function(*arguments, **keywords)
+        given = (*arguments, *keywords.values())
+        device = next(
+            (getattr(each, "device", None) for each in given if hasattr(each, "__cuda_array_interface__")), None
+        )
+        with device or contextlib.nullcontext():
+            return function(*arguments, **keywords)
+
+    return cast(Function, call)
+
+
 # --- Convolution -------------------------------------------------------------------------------------------------
 
 
+@_where_arrays_are
 def conv(
     x: Array,
     w: Array,
@@ -152,6 +175,7 @@ def conv(
     )
 
 
+@_where_arrays_are
 def conv_input_grad(
     dy: Array,
     w: Array,
@@ -175,6 +199,7 @@ def conv_input_grad(
     return out
 
 
+@_where_arrays_are
 def conv_kernel_grad(
     x: Array,
     dy: Array,
@@ -201,6 +226,7 @@ def conv_kernel_grad(
 # --- Transposed convolution --------------------------------------------------------------------------------------
 
 
+@_where_arrays_are
 def conv_transpose(
     x: Array,
     w: Array,
@@ -231,6 +257,7 @@ def conv_transpose(
     )
 
 
+@_where_arrays_are
 def conv_transpose_input_grad(
     dy: Array,
     w: Array,
@@ -265,6 +292,7 @@ def conv_transpose_input_grad(
     return out
 
 
+@_where_arrays_are
 def conv_transpose_kernel_grad(
     x: Array,
     dy: Array,
@@ -304,6 +332,7 @@ def conv_transpose_kernel_grad(
 # --- Depthwise and separable convolution -------------------------------------------------------------------------
 
 
+@_where_arrays_are
 def depthwise_conv(
     x: Array,
     w: Array,
@@ -330,6 +359,7 @@ def depthwise_conv(
     )
 
 
+@_where_arrays_are
 def depthwise_conv_input_grad(
     dy: Array,
     w: Array,
@@ -352,6 +382,7 @@ def depthwise_conv_input_grad(
     return out
 
 
+@_where_arrays_are
 def depthwise_conv_kernel_grad(
     x: Array,
     dy: Array,
@@ -374,6 +405,7 @@ def depthwise_conv_kernel_grad(
     return out
 
 
+@_where_arrays_are
 def depthwise_conv_grad(
     x: Array,
     w: Array,
@@ -401,6 +433,7 @@ def depthwise_conv_grad(
     return dx, dw, dbias
 
 
+@_where_arrays_are
 def separable_conv(
     x: Array,
     depthwise_w: Array,
@@ -432,6 +465,7 @@ def separable_conv(
     )
 
 
+@_where_arrays_are
 def separable_conv_input_grad(
     dy: Array,
     depthwise_w: Array,
@@ -458,6 +492,7 @@ def separable_conv_input_grad(
     return out
 
 
+@_where_arrays_are
 def separable_conv_kernel_grad(
     x: Array,
     dy: Array,
@@ -484,6 +519,7 @@ def separable_conv_kernel_grad(
     return depthwise_out, pointwise_out
 
 
+@_where_arrays_are
 def bias_grad(
     dy: Array, *, data_format: str | None = None, out: Array | None = None, workspace: int | None = None
 ) -> Array:
@@ -501,6 +537,7 @@ def bias_grad(
 # --- Upsampling --------------------------------------------------------------------------------------------------
 
 
+@_where_arrays_are
 def upsample(
     x: Array, size: Sizes, *, interpolation: str = "nearest", data_format: str | None = None, out: Array | None = None
 ) -> Array:
@@ -518,6 +555,7 @@ def upsample(
     return out
 
 
+@_where_arrays_are
 def upsample_input_grad(
     dy: Array, size: Sizes, *, interpolation: str = "nearest", data_format: str | None = None, out: Array | None = None
 ) -> Array:
@@ -538,6 +576,7 @@ def upsample_input_grad(
 # --- Convolutional LSTM ------------------------------------------------------------------------------------------
 
 
+@_where_arrays_are
 def conv_lstm_step(
     x: Array,
     h: Array,
@@ -574,6 +613,7 @@ def conv_lstm_step(
     return new_h, new_c
 
 
+@_where_arrays_are
 def conv_lstm_step_grad(
     x: Array,
     h: Array,
@@ -699,11 +739,7 @@ def _place(arrays: Sequence[Array]) -> Any:
 _host_engine: Any = reference
 
 
-@functools.cache
-def _device_engine(runtime_: Any) -> Any:
-    from cuconv.cuda.engine import Engine
-
-    return Engine(runtime_)
+_device_engine = functools.cache(Engine)
 
 
 def _geometry(rule: Callable[..., ConvShape], *arguments: Any) -> ConvShape:

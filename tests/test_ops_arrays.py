@@ -1,7 +1,9 @@
 """Which arrays the operations take, from where, and what they return."""
 
+import contextlib
 import logging
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import oracle
@@ -68,6 +70,29 @@ def test_results_are_new_contiguous_arrays():
 def test_nothing_is_printed(capsys):
     ops.conv(np.ones((1, 3, 1)), np.ones((2, 1, 1)))
     assert capsys.readouterr() == ("", "")
+
+
+def test_calls_happen_on_the_gpu_of_their_arrays(monkeypatch):
+    """CuPy's own functions, which help out between kernels, compute on the GPU that is current."""
+    entered = []
+
+    class Gpu(contextlib.AbstractContextManager):
+        def __enter__(self):
+            entered.append("in")
+
+        def __exit__(self, *error):
+            entered.append("out")
+
+    class Elsewhere:
+        __cuda_array_interface__: ClassVar = {}
+        device = Gpu()
+
+    monkeypatch.setattr(ops, "_place", lambda arrays: entered.append("computing") or 1 / 0)
+    for call in (lambda: ops.conv(Elsewhere(), None), lambda: ops.conv(w=None, x=Elsewhere())):
+        entered.clear()
+        with pytest.raises(ZeroDivisionError):
+            call()
+        assert entered == ["in", "computing", "out"]
 
 
 def test_halo_is_that_of_geometry():

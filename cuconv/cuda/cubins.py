@@ -14,6 +14,7 @@ that vanishes with it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -26,7 +27,6 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from pathlib import Path
 from cuconv.plan.types import ELEMENTS, PlanError
 
 FOLDER_VARIABLE = "CUCONV_CACHE_DIR"
-LIMIT_BYTES = 256 << 20  # of the folder; a kernel takes 5 to 50 kB, so thousands of them
+LIMIT_BYTES = 256 << 20  # of the folder; a kernel takes 10 to 260 kB, so thousands of them
 ABANDONED_SECONDS = 3600  # after which a file that was never finished is removed
 DIGITS = 32  # hexadecimal, 128 bits, of the key and of the digest in a file's name
 
@@ -261,7 +261,7 @@ class Cubins:
         with self._lock:
             if self._own is None:
                 self._own = Path(tempfile.mkdtemp(prefix="cuconv-cubins-"))
-                weakref.finalize(self, _remove, self._own, os.getpid())
+                atexit.register(_remove, self._own, os.getpid())
             return self._own
 
     def _sweep(self, folder: Path, new: Path) -> None:

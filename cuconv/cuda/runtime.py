@@ -15,8 +15,10 @@ import contextlib
 import functools
 import importlib.resources
 import struct
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,21 @@ class KernelError(PlanError):
 
 
 @dataclass(frozen=True)
+class Target:
+    """What NVRTC makes for a GPU: code of its architecture, or PTX, which the driver translates when it loads it."""
+
+    arch: str  # "sm_90", or "compute_120" for a newer GPU than NVRTC knows
+
+    @property
+    def suffix(self) -> str:
+        """Of the file."""
+        return ".cubin" if self.arch.startswith("sm_") else ".ptx"
+
+    def __str__(self) -> str:
+        return self.arch if self.suffix == ".cubin" else f"PTX {self.arch}, translated by the driver"
+
+
+@dataclass(frozen=True)
 class Device:
     """One GPU as the driver names it; `limits` and `target` where kernels can be compiled for it, else `problem`."""
 
@@ -66,7 +83,7 @@ class Device:
     compute_capability: str
     memory_bytes: int
     limits: DeviceLimits | None = None
-    target: str | None = None
+    target: Target | None = None
     problem: str | None = None
 
 
@@ -108,7 +125,7 @@ def _device(cupy: Any, index: int) -> Device:
         target = _Compiler().target(capability)
     except ArchitectureError as error:
         return Device(*named, problem=f"GPU {index}: {error}")
-    return Device(*named, limits=_limits(cupy, index), target=str(target))
+    return Device(*named, limits=_limits(cupy, index), target=target)
 
 
 def _cupy() -> Any:
@@ -201,21 +218,6 @@ def _data_sheet(name: str, arch: str) -> DeviceLimits:
 # --- Compiling ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Target:
-    """What NVRTC makes for a GPU: code of its architecture, or PTX, which the driver translates when it loads it."""
-
-    arch: str  # "sm_90", or "compute_120" for a newer GPU than NVRTC knows
-
-    @property
-    def suffix(self) -> str:
-        """Of the file."""
-        return ".cubin" if self.arch.startswith("sm_") else ".ptx"
-
-    def __str__(self) -> str:
-        return self.arch if self.suffix == ".cubin" else f"PTX {self.arch}, translated by the driver"
-
-
 class _Compiler:
     """NVRTC through CuPy's binding, which needs no driver."""
 
@@ -287,8 +289,8 @@ def _whole_elf(data: bytes) -> bytes:
     return data.ljust(end, b"\0")
 
 
-def compile_check(arch: str) -> None:
-    """Compiles common.cuh, with what it includes, into an empty kernel.
+def compile_check(target: Target) -> None:
+    """Compiles common.cuh, with what it includes, into an empty kernel; keeps nothing.
 
     Raises:
         PlanError: it fails, or there is no NVRTC.
@@ -296,7 +298,7 @@ def compile_check(arch: str) -> None:
     _cupy()
     compiler = _Compiler()
     source = cubins.expanded(kernel_directory(), "common.cuh") + 'extern "C" __global__ void check() {}\n'
-    compiler.compile(compiler.recipe("check", source, (), Target(arch)))
+    compiler.compile(compiler.recipe("check", source, (), target))
 
 
 @functools.lru_cache(maxsize=1)
@@ -336,11 +338,18 @@ class CudaRuntime:
         self._cache = cubin_cache() if cache is None else cache
         self._lock = threading.Lock()
         self._current_device: Callable[[], int] = cupy.cuda.runtime.getDevice
+        self._constants: dict[Hashable, list[Any]] = {}  # key -> array, the event after its copy until it has passed
         self._kernels: dict[tuple[str, cubins.Constants], Any] = {}
         self._dynamic_bytes: dict[tuple[str, cubins.Constants], int] = {}
         # By identity: to hash a plan takes longer than all the rest. The entry holds the plan, so no other one gets its
         # identity.
         self._launches: dict[int, tuple[Any, ...]] = {}
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Makes this GPU the current one of CuPy, whose own functions compute there; free where it is already."""
+        if self._current_device() == self.device:
+            return contextlib.nullcontext()
+        return on(self.device)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """A new array of this GPU, not initialised."""
@@ -355,6 +364,25 @@ class CudaRuntime:
                 "A smaller batch, a smaller `workspace`, or cupy.get_default_memory_pool().free_all_blocks() make room",
             )
             raise
+
+    def constant(self, key: Hashable, make: Callable[[], np.ndarray]) -> Array:
+        """What `make` returns, on this GPU, where it is kept for later calls with the same key; never written to."""
+        kept = self._constants.get(key)
+        if kept is None:
+            with self._lock, self._cupy.cuda.Device(self.device):
+                kept = self._constants.get(key)
+                if kept is None:
+                    array, copied = self._cupy.asarray(make()), self._cupy.cuda.Event(disable_timing=True)
+                    self._cupy.cuda.get_current_stream().record(copied)
+                    kept = self._constants[key] = [array, copied]
+        array, copied = kept
+        if copied is not None:  # it may have been copied on another stream than the one that needs it now
+            if copied.done:
+                kept[1] = None
+            else:
+                with self._cupy.cuda.Device(self.device):
+                    self._cupy.cuda.get_current_stream().wait_event(copied)
+        return array
 
     def address(self, array: Array) -> int:
         """Where the first element lies."""
@@ -478,8 +506,15 @@ def of(arrays: Sequence[Array | None]) -> CudaRuntime:
 
 
 def is_device_array(array: Any) -> bool:
-    """True for CuPy's arrays; without importing CuPy for anything else."""
-    return hasattr(array, "__cuda_array_interface__") and isinstance(array, _cupy().ndarray)
+    """True for CuPy's arrays."""
+    cupy = sys.modules.get("cupy")  # whoever has such an array has imported it
+    return cupy is not None and isinstance(array, getattr(cupy, "ndarray", ()))
+
+
+def on(device: int) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one of CuPy."""
+    manager: AbstractContextManager[Any] = _cupy().cuda.Device(device)
+    return manager
 
 
 def device_array(array: Any, device: int | None = None) -> Any:
@@ -540,7 +575,7 @@ def stream_batches(
     batches: Iterable[Sequence[np.ndarray]],
     dtypes: Sequence[np.dtype],
     device: int | None = None,
-) -> Iterator[list[np.ndarray]]:
+) -> Generator[list[np.ndarray], None, None]:
     """The outputs of `run` for each batch of host arrays, as host arrays, in order; each is valid until the next.
 
     While the GPU computes one batch, the next one is copied into pinned memory and uploaded, and the one before is
