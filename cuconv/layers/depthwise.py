@@ -81,10 +81,10 @@ class DepthwiseConv(WindowLayer):
     def _operation(self, x: Array, bias: Array, activation: Any) -> Array:
         return ops.depthwise_conv(x, self._in_compute_dtype(self.kernel), bias, activation=activation, **self._options)
 
-    def _operation_gradients(self, x: Array, dz: Array) -> tuple[Array, list[Array]]:
+    def _gradients(self, x: Array, dz: Array) -> tuple[Array, list[Array]]:
         kernel = self._in_compute_dtype(self.kernel)
-        dx = ops.depthwise_conv_input_grad(dz, kernel, x.shape, **self._options)
-        return dx, [ops.depthwise_conv_kernel_grad(x, dz, kernel.shape, **self._options)]
+        dx, dw, dbias = ops.depthwise_conv_grad(x, kernel, dz, use_bias=self.bias is not None, **self._options)
+        return dx, [dw] if dbias is None else [dw, dbias]
 
 
 class DepthwiseConv1D(DepthwiseConv, rank=1):

@@ -185,7 +185,10 @@ class WindowLayer(SpatialLayer):
 
     def _propagate(self, saved: Any, dy: Array) -> tuple[Array, list[Array]]:
         x, z = saved
-        dz = dy if z is None else self.activation.gradient(z, dy)
+        return self._gradients(x, dy if z is None else self.activation.gradient(z, dy))
+
+    def _gradients(self, x: Array, dz: Array) -> tuple[Array, list[Array]]:
+        """Gradients of x and of each weight, given that of the convolution and its bias."""
         dx, gradients = self._operation_gradients(x, dz)
         if self.bias is not None:
             gradients.append(ops.bias_grad(dz, data_format=self.data_format))
