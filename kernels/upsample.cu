@@ -21,7 +21,7 @@
 //
 // Shared memory: none.
 
-#include "common.cuh"
+#include "upsample.cuh"
 
 // Set by the plan:  FROM TO (elements of x and y)   TAPS0 TAPS1 TAPS2   VECTOR ROWWISE   INDEX
 using Index = INDEX;
@@ -58,15 +58,9 @@ struct Params {
 
 __device__ __forceinline__ Index clip(Index i, Index n) { return i < 0 ? 0 : i < n ? i : n - 1; }
 
-// Row of input i in a table of short axes: inputs further than `margin` from both ends share one.
-__device__ __forceinline__ Index table_row(Index i, Index n, int margin) {
-  const Index shortened = n < 2 * margin + 1 ? n : Index(2 * margin + 1);
-  const Index middle = i - margin;
-  return i - (middle < 0 ? 0 : middle < n - shortened ? middle : n - shortened);
-}
-
 template <int TAPS>
-__device__ __forceinline__ void load_weights(const Weight* table, Index i, Index k, Index n, Index s, Weight (&w)[TAPS]) {
+__device__ __forceinline__ void load_weights(const Weight* table, Index i, Index k, Index n, Index s,
+                                             Weight (&w)[TAPS]) {
   constexpr int WIDE = sizeof(Weight) == 4 && TAPS % 4 == 0 ? 4 : 2;
   const Weight* row = table + (table_row(i, n, TAPS / 2) * s + k) * TAPS;
 #pragma unroll
@@ -79,16 +73,17 @@ __device__ __forceinline__ void load_weights(const Weight* table, Index i, Index
 
 // Where a thread's outputs take their inputs along axes 1 and 2.
 struct Columns {
-  const FROM* x;  // batch item and channel of the first element
+  const FROM* x;  // of the batch item
   Index row0, row1;
-  Index first1, first2[COLUMNS];
-  Index channel[COLUMNS];
+  Index first1;
+  Index from2[COLUMNS][TAPS2];  // elements from the beginning of a row
   const Weight* w1;
   Weight w2[COLUMNS][TAPS2];
 };
 
-// The sum along axes 1 and 2 in input row i of axis 0.
-__device__ __forceinline__ void gather(const Params& p, const Columns& at, Index i, Value (&sum)[VECTOR]) {
+// The sum along axes 1 and 2 in input row i of axis 0. V is Value; a template, so that copies need no arithmetic on it.
+template <class V>
+__device__ __forceinline__ void gather(const Params& p, const Columns& at, Index i, V (&sum)[VECTOR]) {
   if constexpr (!COPIES) {
 #pragma unroll
     for (int e = 0; e < VECTOR; ++e) sum[e] = 0;
@@ -96,21 +91,20 @@ __device__ __forceinline__ void gather(const Params& p, const Columns& at, Index
 #pragma unroll 1  // up to 10 * 10 loads otherwise
   for (int t1 = 0; t1 < TAPS1; ++t1) {
     const FROM* row = at.x + clip(i, p.n0) * at.row0 + clip(at.first1 + t1, p.n1) * at.row1;
-    Value inner[VECTOR];
+    V inner[VECTOR];
 #pragma unroll
     for (int t2 = 0; t2 < TAPS2; ++t2) {
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) {
         constexpr int N = VECTOR / COLUMNS;
-        const Vector<FROM, N> v =
-            load<N>(row + clip(at.first2[column] + t2, p.n2) * p.channels + at.channel[column]);
+        const Vector<FROM, N> v = load<N>(row + at.from2[column][t2]);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const int e = column * N + j;
           if constexpr (COPIES) {
             inner[e] = v.at[j];
           } else {
-            const Value x = widen(v.at[j]);
+            const V x = widen(v.at[j]);
             if constexpr (TAPS2 == 1) inner[e] = x;
             else if (t2 == 0) inner[e] = at.w2[column][0] * x;
             else multiply_add(inner[e], at.w2[column][t2], x);
@@ -126,7 +120,32 @@ __device__ __forceinline__ void gather(const Params& p, const Columns& at, Index
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) upsample(const __grid_constant__ Params p) {
+// One vector of outputs: number k of input i on axis 0, from the window that starts TAPS0 / 2 inputs before its middle.
+template <class V>
+__device__ __forceinline__ Vector<TO, VECTOR> interpolate(const Params& p, const V (&window)[TAPS0][VECTOR], Index i,
+                                                          Index k) {
+  Vector<TO, VECTOR> result;
+  if constexpr (COPIES) {
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) result.at[e] = window[0][e];
+  } else if constexpr (TAPS0 == 1) {
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) result.at[e] = narrow<TO>(window[0][e]);
+  } else {
+    Weight w[TAPS0];
+    load_weights(p.w0, i, k, p.n0, p.s0, w);
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) {
+      V sum = w[0] * window[0][e];
+#pragma unroll
+      for (int t = 1; t < TAPS0; ++t) multiply_add(sum, w[t], window[t][e]);
+      result.at[e] = narrow<TO>(sum);
+    }
+  }
+  return result;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) upsample(const __grid_constant__ Params p) {
   const Index id = Index(blockIdx.x) * THREADS + threadIdx.x;
   if (id >= p.threads) return;
 
@@ -154,13 +173,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) upsample(const __grid_cons
 #pragma unroll
   for (int column = 0; column < COLUMNS; ++column) {
     const Index p2 = (v + column) / p.channels;
-    const Index i = p2 / p.s2, k = p2 - i * p.s2;
-    at.channel[column] = v + column - p2 * p.channels;
-    at.first2[column] = i;
-    if constexpr (TAPS2 > 1) {
-      at.first2[column] = i - TAPS2 / 2 + (k >= p.s2 / 2);
-      load_weights(p.w2, i, k, p.n2, p.s2, at.w2[column]);
-    }
+    const Index i = p2 / p.s2, k = p2 - i * p.s2, channel = v + column - p2 * p.channels;
+    const Index first = TAPS2 > 1 ? i - TAPS2 / 2 + (k >= p.s2 / 2) : i;
+#pragma unroll
+    for (int t2 = 0; t2 < TAPS2; ++t2) at.from2[column][t2] = clip(first + t2, p.n2) * p.channels + channel;
+    if constexpr (TAPS2 > 1) load_weights(p.w2, i, k, p.n2, p.s2, at.w2[column]);
   }
 
   // 2. Walk along axis 0. With input i + TAPS0 / 2 at its end, the window serves the outputs from the middle of input i
@@ -183,26 +200,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) upsample(const __grid_cons
     const Index end = middle + p.s0 < out_end ? middle + p.s0 : out_end;
 #pragma unroll 1  // as many as the user likes
     for (; out < end; ++out) {
-      Vector<TO, VECTOR> result;
-      if constexpr (COPIES) {
-#pragma unroll
-        for (int e = 0; e < VECTOR; ++e) result.at[e] = window[0][e];
-      } else if constexpr (TAPS0 == 1) {
-#pragma unroll
-        for (int e = 0; e < VECTOR; ++e) result.at[e] = narrow<TO>(window[0][e]);
-      } else {
-        const bool next = out >= (i + 1) * p.s0;
-        Weight w[TAPS0];
-        load_weights(p.w0, i + next, out - (i + next) * p.s0, p.n0, p.s0, w);
-#pragma unroll
-        for (int e = 0; e < VECTOR; ++e) {
-          Weight sum = w[0] * window[0][e];
-#pragma unroll
-          for (int t = 1; t < TAPS0; ++t) multiply_add(sum, w[t], window[t][e]);
-          result.at[e] = narrow<TO>(sum);
-        }
-      }
-      store<VECTOR>(y, result);
+      const bool next = out >= (i + 1) * p.s0;
+      store<VECTOR>(y, interpolate(p, window, i + next, out - (i + next) * p.s0));
       y += pitch;
     }
   }

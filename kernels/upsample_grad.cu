@@ -13,14 +13,14 @@
 //   The axes are those of upsample.cu.
 //
 // Work split
-//   one thread   VECTOR channels of one (i1, i2), for `run` inputs along axis 0. It walks the outputs along axis 0, sums
-//                each row of them along axes 1 and 2 once, and adds that to the TAPS0 inputs that have a share in it; an
-//                input is stored when its last output has been added. The order of every sum is fixed
+//   one thread   VECTOR channels of one (i1, i2), for `run` inputs along axis 0. It walks the outputs along axis 0,
+//                sums each row of them along axes 1 and 2 once, and adds that to the TAPS0 inputs that have a share in
+//                it; an input is stored when its last output has been added. The order of every sum is fixed
 //   neighbours   differ in (i2, c) first, so that a warp reads runs of dy
 //
 // Shared memory: none.
 
-#include "common.cuh"
+#include "upsample.cuh"
 
 // Set by the plan:  FROM TO (elements of dy and dx)   TAPS0 TAPS1 TAPS2   VECTOR   INDEX
 using Index = INDEX;
@@ -42,13 +42,6 @@ struct Params {
   Index threads;   // those with work
 };
 
-// Row of input i in a table of short axes: inputs further than `margin` from both ends share one.
-__device__ __forceinline__ Index table_row(Index i, Index n, int margin) {
-  const Index shortened = n < 2 * margin + 1 ? n : Index(2 * margin + 1);
-  const Index middle = i - margin;
-  return i - (middle < 0 ? 0 : middle < n - shortened ? middle : n - shortened);
-}
-
 // The outputs of one axis that hold a share of input i, and their weights.
 template <int TAPS>
 struct Shares {
@@ -63,7 +56,7 @@ struct Shares {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) upsample_grad(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) upsample_grad(const __grid_constant__ Params p) {
   const Index id = Index(blockIdx.x) * THREADS + threadIdx.x;
   if (id >= p.threads) return;
 

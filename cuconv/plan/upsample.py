@@ -19,7 +19,7 @@ from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, Element, LaunchPlan,
 THREADS = 128  # of a block; as in both kernels
 WAVES = 8  # blocks a multiprocessor computes one after the other, so that the last ones leave little of it idle
 LONG_WALK = 4  # windows of axis 0; the rows read to fill the first one are then at most a quarter more
-REGISTER_WORDS = 112  # 4-byte words of a thread in windows and weights, beside about 50 for places and addresses
+REGISTER_WORDS = 80  # of a thread in windows, weights and vectors, beside about 50 for places and addresses
 CHANNEL_RUN = 128  # bytes of neighbouring channels, from which on a warp needs no second axis to access whole lines
 CACHE_RATE = 5  # bytes from a multiprocessor's own cache, 128 a cycle, for each byte from memory; 4 to 8 on all devices
 LAUNCH = 3e-6  # seconds between two launches that wait for each other
@@ -63,7 +63,7 @@ class _Launch:
         return self.small * math.prod(s for _, s, _ in self.axes)
 
 
-_Stage = Callable[[_Launch, Element, Element, tuple[int, int], DeviceLimits], Stage]
+_Maker = Callable[[_Launch, Element, Element, tuple[int, int], DeviceLimits], Stage]
 
 
 def merged(
@@ -120,7 +120,7 @@ def plan_upsample_grad(
 
 
 def _best(
-    one: _Stage,
+    one: _Maker,
     batch: int,
     sizes: tuple[int, ...],
     channels: int,
