@@ -609,7 +609,7 @@ def conv_lstm_step(
     engine = _engine(z, c)
     new_h, new_c = engine.empty(c.shape, c.dtype), engine.empty(c.shape, c.dtype)
     data_format = geometry.normalize_data_format(data_format)
-    engine.gates(z, c, cell, recurrent, data_format, new_h, new_c)
+    _gates_of(engine, cell, recurrent).gates(z, c, cell, recurrent, data_format, new_h, new_c)
     return new_h, new_c
 
 
@@ -645,7 +645,7 @@ def conv_lstm_step_grad(
     _expect("dc", dc, c.shape)
     data_format = geometry.normalize_data_format(data_format)
     dz, dc_before = engine.empty(z.shape, z.dtype), engine.empty(c.shape, c.dtype)
-    engine.gates_grad(z, c, dh, dc, cell, recurrent, data_format, dz, dc_before)
+    _gates_of(engine, cell, recurrent).gates_grad(z, c, dh, dc, cell, recurrent, data_format, dz, dc_before)
     dx, dh_before, dw, drecurrent_w, dbias = dz, None, None, None, None
     if recurrent_w is not None:
         dh_before = conv_input_grad(dz, recurrent_w, h.shape, padding="same", data_format=data_format)
@@ -655,6 +655,14 @@ def conv_lstm_step_grad(
         dw = conv_kernel_grad(x, dz, w.shape, data_format=data_format, **convolution)
         dbias = None if bias is None else bias_grad(dz, data_format=data_format)
     return dx, dh_before, dc_before, dw, drecurrent_w, dbias
+
+
+def _gates_of(engine: Any, *functions: Any) -> Any:
+    """The engine, or where it does not have the activations (softmax, a user's own) their array functions.
+
+    On a GPU those are CuPy's: right, but several times the memory traffic.
+    """
+    return engine if all(map(engine.fuses, functions)) else reference
 
 
 def _lstm_sums(

@@ -30,7 +30,7 @@ struct Params {
   Index kernel[RANK], taps[RANK], phases[RANK], first[RANK], step[RANK];
 };
 
-extern "C" __global__ void __launch_bounds__(TILE * ROWS) pack_weights(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(TILE * ROWS, 1) pack_weights(const __grid_constant__ Params p) {
   __shared__ E tile[TILE][TILE + 1];
   Index block = blockIdx.x;
   const Index c0 = block % p.tiles_c * TILE;

@@ -21,7 +21,7 @@ struct Params {
   Index splits, count;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) reduce_splits(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_splits(const __grid_constant__ Params p) {
   const Index i = (Index(blockIdx.x) * THREADS + threadIdx.x) * VEC;
   if (i >= p.count) return;
   Vector<S, VEC> sum{};

@@ -11,7 +11,7 @@ it refuses what a device would refuse, or forgive until it is too late.
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import emulator
@@ -59,6 +59,7 @@ class EmulatedRuntime:
         self.blocks = blocks
         self.launches: list[LaunchPlan] = []
         self.results: list[Launch] = []
+        self._constants: dict[Hashable, np.ndarray] = {}
         self._made: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     @property
@@ -74,6 +75,13 @@ class EmulatedRuntime:
         array.reshape(-1).view(np.uint8).fill(emulator.POISON)
         self._made[id(array)] = array
         return array
+
+    def constant(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` returns, kept for later calls with the same key, read-only."""
+        if key not in self._constants:
+            array = self._constants[key] = np.array(make(), order="C")
+            array.flags.writeable = False
+        return self._constants[key]
 
     def address(self, array: np.ndarray) -> int:
         """Where the array would lie if its memory were allocated on a device: a view may be off any alignment."""
@@ -122,7 +130,11 @@ class EmulatedRuntime:
         assert fits, f"{plan}: the grid {plan.grid} is beyond a device's"
         most = kernel.most_threads or MAX_THREADS
         assert plan.threads <= min(most, MAX_THREADS), f"{plan}: the kernel takes {most} threads"
-        assert kernel.shared_bytes <= STATIC_SHARED_BYTES, f"{plan}: {kernel.shared_bytes} bytes of static shared arrays"
+        assert kernel.shared_bytes <= STATIC_SHARED_BYTES, (
+            f"{plan}: {kernel.shared_bytes} bytes of static shared arrays"
+        )
         shared = kernel.shared_bytes + plan.dynamic_shared_bytes
         assert shared <= self.limits.shared_bytes, f"{plan}: {shared} bytes of shared memory, {self.limits}"
-        assert plan.shared_bytes in (0, shared), f"{plan}: plans {plan.shared_bytes} bytes of shared memory, has {shared}"
+        assert plan.shared_bytes in (0, shared), (
+            f"{plan}: plans {plan.shared_bytes} bytes of shared memory, has {shared}"
+        )

@@ -5,18 +5,25 @@ nothing to run.
 """
 
 import ctypes
+import dataclasses
 import functools
 import math
 import os
 from pathlib import Path
 
+import emulated
 import emulator
 import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_close
+from emulated import EmulatedRuntime
 from emulator import EmulationError, Module, UnsupportedError, compile_ptx
 from emulator.ptx import Address, Instruction, Label, Name, Number, PtxError, Vector, parse
+
+from cuconv.cuda.arrays import compact
+from cuconv.plan.devices import DEVICES
+from cuconv.plan.types import LaunchPlan
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -29,7 +36,7 @@ every_run = pytest.mark.parametrize("mode, seed", RUNS, ids=[f"{mode}-{seed}" fo
 def sample(name: str, *defines: str, arch: str = "sm_80") -> Module:
     """A sample's module; a define is "NAME" or "NAME=value"."""
     macros = {key: value or None for key, _, value in (define.partition("=") for define in defines)}
-    return Module(compile_ptx(SAMPLES / f"{name}.cu", arch, macros))
+    return Module(compile_ptx(SAMPLES / f"{name}.cu", arch, macros, options=("--device-int128",)))
 
 
 def kinds(launch) -> set[str]:
@@ -111,9 +118,11 @@ def test_mma_tile(mode, seed, element):
 
 @every_run
 def test_mma_other_shapes(mode, seed):
-    module, rng = sample("mma_shapes"), np.random.default_rng(2)
-    a, b = rng.integers(-8, 8, (16, 8)), rng.integers(-8, 8, (8, 8))  # exact in every type
-    for name, dtype, rows, depth in (("tf32", "f4", 16, 8), ("f64", "f8", 8, 4), ("f16_sums", "f2", 16, 8)):
+    module, rng = sample("mma_shapes", arch="sm_90"), np.random.default_rng(2)
+    a, b = rng.integers(-8, 8, (16, 16)), rng.integers(-8, 8, (16, 8))  # exact in every type
+    shapes = [("tf32", "f4", 16, 8), ("tf32_k4", "f4", 16, 4), ("f64", "f8", 8, 4), ("f16_sums", "f2", 16, 8)]
+    shapes += [(f"f64_k{depth}", "f8", 16, depth) for depth in (4, 8, 16)]
+    for name, dtype, rows, depth in shapes:
         y = np.full((rows, 8), np.nan, dtype)
         args = (a[:rows, :depth].astype(dtype), b[:depth].astype(dtype), y)
         module.launch(f"mma_{name}", (1,), (32,), args, mode=mode, seed=seed, uninitialised=(2,))
@@ -156,6 +165,23 @@ def test_named_barriers(mode, seed):
     x, y = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
     sample("control").launch("halves", (1,), (128,), (x, y), 512, mode, seed)
     np.testing.assert_array_equal(y, x.reshape(2, 64)[:, ::-1].reshape(-1))
+
+
+@every_run
+def test_arrival_without_waiting(mode, seed):
+    x, y = np.arange(32, dtype=np.int32), np.zeros(64, np.int32)
+    sample("control").launch("arrive", (1,), (64,), (x, y), mode=mode, seed=seed, uninitialised=(1,))
+    np.testing.assert_array_equal(y, [*[7] * 32, *x[::-1]])
+
+
+@every_run
+@pytest.mark.parametrize("odd", [None, 5])
+def test_agreement(mode, seed, odd):
+    x, z, y = np.full(32, 3, np.int32), np.full(32, 2**40, np.int64), np.zeros((32, 4), np.uint32)
+    if odd is not None:
+        z[odd] += 2**35  # a difference in the upper half
+    sample("control").launch("agree", (1,), (32,), (x, z, y), mode=mode, seed=seed)
+    np.testing.assert_array_equal(y, [[2**32 - 1, 1, *((2**32 - 1, 1) if odd is None else (0, 0))]] * 32)
 
 
 @every_run
@@ -204,6 +230,83 @@ def test_constants_and_local_arrays(mode, seed):
     sample("tables").launch("tables", (2,), (32,), (x, y, np.int32(50)), mode=mode, seed=seed)
     i = np.arange(50)
     np.testing.assert_array_equal(y, np.array([1, -2, 0.5, 4])[i % 4] * x[7 - i % 8])
+
+
+@every_run
+def test_calls(mode, seed):
+    x, y, z = np.linspace(-2, 2, 64), np.zeros(64, np.int32), np.zeros(64)
+    sample("functions").launch("calls", (1,), (64,), (x, y, z), mode=mode, seed=seed, uninitialised=(1, 2))
+
+    def weigh(v, depth):
+        return v % 32 if depth == 0 else 3 * weigh(v + 1, depth - 1) + depth
+
+    np.testing.assert_array_equal(y, [weigh(i, 3) for i in range(64)])
+    np.testing.assert_allclose(z, np.sign(x) * np.abs(x) ** 1.7, rtol=1e-15)  # pow is a function of its own
+
+
+@every_run
+def test_bytes(mode, seed):
+    x = np.random.default_rng(9).integers(0, 256, 64).astype(np.uint8)
+    y = np.zeros(65, np.int8)[:64]
+    sample("functions").launch("bytes", (1,), (64,), (x, y, np.int32(64)), mode=mode, seed=seed, uninitialised=(1,))
+    padded = np.pad(x, 1)
+    np.testing.assert_array_equal(y.view(np.uint8), np.maximum(np.maximum(padded[:-2], x), padded[2:]))
+
+
+def test_sums_of_128_bits():
+    a, b, c = np.random.default_rng(10).integers(0, 2**64, (3, 32), np.uint64)
+    y = np.zeros((32, 2), np.uint64)
+    sample("functions").launch("wide_product", (1,), (32,), (a, b, c, y))
+    for row, *factors in zip(y, a, b, c):
+        p, q, r = map(int, factors)
+        assert (int(row[0]) << 64 | int(row[1])) == p * q + r
+
+
+@pytest.mark.parametrize("index, expected", [(0, 10), (1, 31), (2, 12)])
+def test_branch_by_index(index, expected):
+    text = kernel(
+        f"""ld.param.u64 %rd1, [k_param_0]; mov.u32 %r1, {index}; mov.u32 %r2, 0;
+        again: brx.idx %r1, table;
+        table: .branchtargets first, second, third;
+        first: add.u32 %r2, %r2, 10; bra end;
+        second: add.u32 %r2, %r2, 21; mov.u32 %r1, 0; bra again;
+        third: add.u32 %r2, %r2, 12;
+        end: st.global.u32 [%rd1], %r2;"""
+    )
+    y = np.zeros(1, np.int32)
+    Module(text).launch("k", (1,), (1,), (y,))
+    assert y[0] == expected
+
+
+def test_branch_beyond_its_table():
+    y = np.zeros(1, np.int32)
+    text = kernel("mov.u32 %r1, 1; brx.idx %r1, table; table: .branchtargets first; first:")
+    assert kinds(Module(text).launch("k", (1,), (1,), (y,), check=False)) == {"trap"}
+
+
+def test_sparse_grid():
+    n, stride = 40, WIDE_STRIDE
+    x = np.zeros(n * stride, np.uint16)
+    x[::stride] = np.arange(n) + 1
+    y = np.full(n, -1, np.int32)
+    args = ((x, np.float32(3), np.bool_(True), np.int64(stride), y), np.int32(n))
+    sample("structure").launch("gather", (2**31 - 1, 3), (32,), args, blocks=[1])
+    np.testing.assert_array_equal(y, np.where(np.arange(n) < 32, -1, -3 * (np.arange(n) + 1)))
+    for seed in (0, 1):
+        with pytest.raises(EmulationError, match="hang at launch: still running after 0.2 s"):
+            sample("structure").launch("gather", (2**31 - 1, 3), (32,), args, seed=seed, timeout=0.2)
+    with pytest.raises(ValueError, match="`blocks` must lie in the grid of 2"):
+        sample("structure").launch("gather", (2,), (32,), args, blocks=[2])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_blocks_in_any_order_are_all_run(seed):
+    x, y = np.ones((40, 128), np.float32), np.zeros(40, np.float32)
+    sample("warp_sum").launch("warp_sum", (40,), (128,), (x, y, np.int32(128)), seed=seed)
+    np.testing.assert_array_equal(y, 128)
+    chosen = np.zeros(40, np.float32)
+    sample("warp_sum").launch("warp_sum", (40,), (128,), (x, chosen, np.int32(128)), seed=seed, blocks=[3, 38])
+    assert np.flatnonzero(chosen).tolist() == [3, 38]
 
 
 # --- Numbers -----------------------------------------------------------------------------------------------------
@@ -314,6 +417,7 @@ INSTRUCTIONS = [
     ("add.rn.f32", (1.0, -(2.0**-40)), 1.0),
     ("sub.rp.f32", (1.0, -(2.0**-60)), 1 + 2.0**-23),
     ("mul.rz.f32", (-1 - 2.0**-23, 1 + 2.0**-23), -1 - 2.0**-22),
+    ("fma.rn.f32", (1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11), 2.0**-24),
     ("fma.rp.f32", (1 + 2.0**-23, 1 + 2.0**-23, 0.0), 1 + 2.0**-22 + 2.0**-23),
     ("add.sat.f32", (0.7, 0.7), 1.0),
     ("mul.sat.f32", (NAN, 1.0), 0.0),
@@ -354,8 +458,86 @@ INSTRUCTIONS = [
     ("fma.rn.relu.f16x2", (0x3C003C00, 0xBC003C00, 0), 0x3C00),
     ("max.bf16x2", (0x3F80BF80, 0x40004000), 0x40004000),
     ("cvt.rn.f16x2.f32", (1.0, 2.0), 0x3C004000),
+    ("cvt.rz.f32.s32", (2**30 + 127,), float(2**30)),
+    ("cvt.rp.f32.s32", (2**30 + 1,), float(2**30 + 128)),
+    ("cvt.rm.f32.s32", (-(2**30) - 1,), float(-(2**30) - 128)),
+    ("cvt.rz.f16.f32", (1 + 2.0**-10 + 2.0**-11,), 0x3C01),
+    ("cvt.rp.f16.f32", (1 + 2.0**-20,), 0x3C01),
+    ("cvt.rm.f16.f32", (-(2.0**-30),), 0x8001),
+    ("cvt.rz.f16.f32", (70000.0,), 0x7BFF),
+    ("cvt.rz.bf16.f32", (-1 - 2.0**-8,), 0xBF80),
+    ("cvt.rz.bf16.f32", (INFINITY,), 0x7F80),
+    ("cvt.rna.tf32.f32", (1 + 2.0**-11,), 1 + 2.0**-10),
+    ("cvt.rn.tf32.f32", (1 + 2.0**-11,), 1.0),
+    ("set.lt.u32.s32", (-1, 1), -1),
+    ("set.lt.u32.u32", (-1, 1), 0),
+    ("set.geu.f32.f32", (NAN, 1.0), 1.0),
+    ("set.ne.f32.f32", (NAN, 1.0), 0.0),
+    ("set.neu.f32.f32", (NAN, 1.0), 1.0),
+    ("set.num.u32.f32", (NAN, 1.0), 0),
+    ("bfind.u32", (0x00100000,), 20),
+    ("bfind.s32", (-1,), -1),
+    ("bfind.shiftamt.u32", (0x00100000,), 11),
+    ("shl.b32", (1, 33), 0),
+    ("shr.s32", (-8, 40), -1),
+    ("shr.s32", (-8, 2), -2),
+    ("shr.u32", (-8, 28), 15),
+    ("mul.lo.s32", (-3, 2**30), 2**30),
+    ("mad.lo.s32", (-3, 5, 7), -8),
+    ("mul.hi.u32", (-1, -1), -2),
+    ("mad.hi.s32", (-1, 1, 5), 4),
+    ("add.cc.u32", (-1, 2), 1),
+    ("addc.u32", (10, 20), 31),
+    ("addc.u32", (11, 20), 32),  # without .cc the carry stays
+    ("sub.cc.u32", (1, 2), -1),
+    ("subc.cc.u32", (10, 3), 6),
+    ("addc.u32", (10, 20), 30),
+    ("mad.lo.cc.u32", (2**16, 2**16, -1), -1),
+    ("madc.hi.u32", (2**16, 2**16, 5), 6),
     ("cvt.rn.relu.bf16x2.f32", (-1.0, 2.0), 0x4000),
 ]
+
+
+# 64-bit operands and results
+WIDE_INSTRUCTIONS = [
+    ("fma.rn.f64", (1 + 2.0**-27, 1 + 2.0**-27, -1 - 2.0**-26), 2.0**-54),
+    ("rcp.approx.ftz.f64", (3.0,), float.fromhex("0x1.55555p-2")),
+    ("rcp.approx.ftz.f64", (2.0**-1060,), INFINITY),
+    ("cvt.rz.f32.f64", (-1 - 2.0**-40,), -1.0),
+    ("cvt.rm.f32.f64", (-1 - 2.0**-40,), -1 - 2.0**-23),
+    ("cvt.rp.f32.f64", (2.0**200,), INFINITY),
+    ("cvt.rz.f32.f64", (2.0**200,), (2 - 2.0**-23) * 2.0**127),
+    ("cvt.rz.f32.s64", (-(2**40) - 1,), -(2.0**40)),
+    ("cvt.rm.f32.s64", (-(2**40) - 1,), -(2.0**40) - 2**17),
+    ("cvt.rp.f64.u64", (2**64 - 1,), 2.0**64),
+    ("cvt.rz.f64.u64", (2**64 - 1,), 2.0**64 - 2**11),
+    ("cvt.rpi.s64.f64", (-2.5,), -2),
+    ("testp.subnormal.f64", (2.0**-1060,), 1),
+    ("bfind.u64", (2**40 + 5,), 40),
+    ("copysign.f64", (-3.0, 2.0), -2.0),
+]
+
+
+def test_wide_instruction_by_instruction():
+    def bits(value):
+        return int(np.float64(value).view(np.uint64)) if isinstance(value, float) else value % 2**64
+
+    lines = ["ld.param.u64 %rd1, [k_param_0]; .reg .f64 %fd<2>; .reg .f32 %f<2>; .reg .pred %p<2>;"]
+    for index, (opcode, operands, _) in enumerate(WIDE_INSTRUCTIONS):
+        values = ", ".join(f"{bits(v):#x}" for v in operands)
+        if opcode.startswith("testp"):
+            lines.append(f"{opcode} %p1, {values}; selp.u64 %rd2, 1, 0, %p1;")
+        elif opcode.startswith("bfind"):
+            lines.append(f"{opcode} %r1, {values}; cvt.u64.u32 %rd2, %r1;")
+        elif ".f32." in opcode:
+            lines.append(f"{opcode} %f1, {values}; cvt.f64.f32 %fd1, %f1; mov.b64 %rd2, %fd1;")
+        else:
+            lines.append(f"{opcode} %rd2, {values};")
+        lines.append(f"st.global.b64 [%rd1+{8 * index}], %rd2;")
+    y = np.zeros(len(WIDE_INSTRUCTIONS), np.uint64)
+    Module(kernel("\n".join(lines))).launch("k", (1,), (1,), (y,))
+    for (opcode, operands, expected), got in zip(WIDE_INSTRUCTIONS, y):
+        assert int(got) == bits(expected), f"{opcode} {operands} is {got.view(np.float64)} or {int(got):#x}"
 
 
 def test_instruction_by_instruction():
@@ -440,6 +622,29 @@ def test_planted_race_without_block_barrier(kernel, bug, threads, scalars, seed)
     assert "race" in kinds(launch)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_planted_read_before_arrival(seed):
+    args = (np.zeros(32, np.int32), np.zeros(64, np.int32))
+    module = sample("control", "BUG_NO_ARRIVAL")
+    assert "race" in kinds(module.launch("arrive", (1,), (64,), args, mode="trace", seed=seed, check=False))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("bug, kind", [("BUG_MISSING_BARRIER", "race"), ("BUG_BYTE_BOUND", "bounds")])
+def test_planted_in_bytes(bug, kind, seed):
+    args = (np.zeros(64, np.uint8), np.zeros(63, np.int8), np.int32(63))
+    module = sample("functions", bug)
+    assert kind in kinds(module.launch("bytes", (1,), (64,), args, mode="trace", seed=seed, check=False))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_planted_write_after_the_second_read(seed):
+    for bug, expected in (((), set()), (("BUG_MISSING_BARRIER",), {"race"})):
+        args = (np.array([3, 4], np.int32), np.zeros(3, np.int32))
+        launch = sample("control", *bug).launch("read_twice", (1,), (64,), args, mode="trace", seed=seed, check=False)
+        assert kinds(launch) == expected
+
+
 @pytest.mark.parametrize("arch, kind", [("sm_80", "hang"), ("sm_90", "deadlock")])
 def test_planted_missing_wait_for_an_empty_slot(arch, kind):
     args = (np.zeros(160, np.int32), np.zeros(160, np.int32), np.int32(5))
@@ -474,6 +679,17 @@ def test_planted_constant_bound():
     args = (np.zeros(8, np.float32), np.zeros(50, np.float32), np.int32(50))
     with pytest.raises(EmulationError, match="0 bytes past the end of a module variable"):
         sample("tables", "BUG_CONSTANT_BOUND").launch("tables", (2,), (32,), args)
+
+
+@pytest.mark.parametrize("mode", ["plain", "trace"])
+@pytest.mark.parametrize("space", ["shared", "global"])
+@pytest.mark.parametrize("offset, out", [(0, False), (8, True), (16, True)])
+def test_vector_across_the_end(mode, space, offset, out):
+    base = {"shared": "s", "global": "%rd1"}[space]
+    body = f"""ld.param.u64 %rd1, [k_param_0]; .reg .f32 %f<4>; .shared .align 16 .b8 s[24];
+        st.{space}.v4.f32 [{base}+{offset}], {{%f0, %f1, %f2, %f3}};"""
+    launch = Module(kernel(body)).launch("k", (1,), (1,), (np.zeros(6, np.float32),), mode=mode, check=False)
+    assert kinds(launch) == ({"alignment"} if offset == 8 else {"bounds"} if out else set())
 
 
 def test_misaligned_vector():
@@ -527,6 +743,125 @@ def test_counted_sectors():
     launch = sample("warp_sum").launch("warp_sum", (1,), (128,), (x, y, np.int32(128)), mode="trace")
     load = next(t for t in launch.traffic if t.instruction.startswith("ld.global"))
     assert (load.requests, load.bytes, load.sectors, load.least_sectors) == (4, 512, 16, 16)
+
+
+# --- Plans -------------------------------------------------------------------------------------------------------
+
+SCALE = """
+using Index = INDEX;
+struct Params { const float* x; const float* bias; float* y; Index n; Index extra[EXTRA + 1]; };
+extern "C" __global__ void __launch_bounds__(64) scale(const __grid_constant__ Params p) {
+  __shared__ float factors[64];
+  extern __shared__ float more[];
+  factors[threadIdx.x] = 2;
+  __syncthreads();
+  const Index i = Index(blockIdx.x) * 64 + threadIdx.x;
+  if (i < p.n) p.y[i] = p.x[i] * factors[63 - threadIdx.x] + (p.bias ? p.bias[i] : 0.f);
+}
+"""
+
+
+@pytest.fixture
+def scale(tmp_path, monkeypatch):
+    """A runtime that has the kernel above, and its plan for n elements."""
+    (tmp_path / "scale.cu").write_text(SCALE)
+    monkeypatch.setattr(emulated, "kernel_directory", lambda: tmp_path)
+    monkeypatch.setattr(emulated, "module", emulated.module.__wrapped__)
+
+    def plan(n, index=4, **changes):
+        constants = (("INDEX", {4: "int", 8: "long long"}[index]), ("EXTRA", 1))
+        grid = (-(-n // 64), 1, 1)
+        plan = LaunchPlan("scale", constants, (n, 0, 0), grid, (64, 1, 1), index, shared_bytes=256)
+        return dataclasses.replace(plan, **changes)
+
+    return plan
+
+
+@pytest.mark.parametrize("index", [4, 8])
+@pytest.mark.parametrize("mode, seed", [("plain", 0), ("trace", 3)])
+def test_plan_runs(scale, index, mode, seed):
+    runtime = EmulatedRuntime(DEVICES["T4"], mode, seed)
+    x = np.arange(100, dtype=np.float32)
+    y, z = runtime.empty((100,), np.float32), runtime.empty((100,), np.float32)
+    assert np.isnan(y).all()
+    runtime.launch(scale(100, index), (x, None, y))
+    runtime.launch(scale(100, index), (y, x, z))
+    np.testing.assert_array_equal(z, 5 * x)
+    assert [plan.grid for plan in runtime.launches] == [(2, 1, 1)] * 2
+    stored = [t.bytes for t in runtime.traffic if t.instruction.startswith("st.global")]
+    assert stored == ([400] if mode == "trace" else [])
+
+
+@pytest.mark.parametrize("seed, expected", [(0, [0, 0, 0]), (5, [5, 6, 7])])
+def test_every_launch_has_another_order(scale, monkeypatch, seed, expected):
+    seeds = []
+    launch = Module.launch
+
+    def spy(self, name, grid, block, args, shared_bytes, mode, seed, **options):
+        seeds.append(seed)
+        return launch(self, name, grid, block, args, shared_bytes, mode, seed, **options)
+
+    monkeypatch.setattr(Module, "launch", spy)
+    runtime, x = EmulatedRuntime(seed=seed), np.zeros(64, np.float32)
+    for _ in range(3):
+        runtime.launch(scale(64), (x, None, x.copy()))
+    assert seeds == expected
+
+
+def test_plan_reads_what_no_launch_has_written(scale):
+    runtime = EmulatedRuntime(mode="trace")
+    x, y, z = np.zeros(128, np.float32), runtime.empty((128,), np.float32), runtime.empty((128,), np.float32)
+    runtime.launch(scale(70), (x, None, y))
+    runtime.launch(scale(70), (y, None, z))
+    with pytest.raises(EmulationError, match=r"uninitialised at scale\.cu:10: read of argument 0"):
+        runtime.launch(scale(71), (y, None, z))
+    y[70] = 0
+    runtime.launch(scale(71), (y, None, z))
+
+
+def test_plan_writes_to_frozen_array(scale):
+    x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    y.flags.writeable = False
+    with pytest.raises(EmulationError, match="read-only"):
+        EmulatedRuntime().launch(scale(64), (x, None, y))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"integers": (64, 0)}, "make 32 bytes, the kernel's structure has 40"),
+        ({"index_bytes": 8}, "make 48 bytes, the kernel's structure has 40"),
+        ({"block": (96, 1, 1)}, "the kernel takes 64 threads"),
+        ({"grid": (1, 65536, 1)}, "the grid .* is beyond"),
+        ({"shared_bytes": 512}, "plans 512 bytes of shared memory, has 256"),
+        ({"dynamic_shared_bytes": 65536, "shared_bytes": 0}, "65792 bytes of shared memory"),
+        ({"constants": (("INDEX", "int"), ("EXTRA", 6))}, "make 40 bytes, the kernel's structure has 56"),
+    ],
+    ids=["integers", "index", "threads", "grid", "shared", "too much shared", "structure"],
+)
+def test_plan_does_not_fit(scale, changes, message):
+    x = np.zeros(64, np.float32)
+    with pytest.raises(AssertionError, match=message):
+        EmulatedRuntime(DEVICES["T4"]).launch(scale(64, **changes), (x, None, x.copy()))
+
+
+def test_addresses_show_misaligned_views():
+    runtime = EmulatedRuntime()
+    x = np.zeros(65, np.float32)
+    assert [runtime.address(x[n:]) % 16 for n in range(5)] == [0, 4, 8, 12, 0]
+    assert compact(runtime, x[1:]).base is x
+    assert compact(runtime, x[::2]).flags.c_contiguous
+    raw = np.zeros(65, np.uint8)[1:].view(np.float32)
+    assert compact(runtime, raw).ctypes.data % 4 == 0
+
+
+def test_last_block_of_a_sparse_array(scale):
+    n = 2**30 + 70
+    runtime = EmulatedRuntime(blocks=lambda plan: [plan.grid[0] - 1])
+    x, y = np.zeros(n, np.float32), runtime.empty((n,), np.float32)
+    x[-1] = 3
+    runtime.launch(scale(n, 8), (x, None, y))
+    assert y[-1] == 6
 
 
 # --- Parser, table, arguments ------------------------------------------------------------------------------------
@@ -597,6 +932,29 @@ def test_launch_size_is_checked(grid, block):
         sample("control").launch("votes", grid, block, (np.zeros(32, np.int32), np.zeros(192, np.int32)))
 
 
+def test_cache_forgets_what_was_not_used_for_the_longest(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(emulator.cache, "LIMIT_BYTES", 2500)
+    monkeypatch.setattr(emulator.cache, "prune", emulator.cache.prune.__wrapped__)
+    paths = [emulator.cache.cached(str(n), ".so", lambda: bytes(1000)) for n in range(3)]
+    assert all(path.exists() for path in paths)  # too young
+    for days, path in zip((2, 3, 4), paths):
+        os.utime(path, (0, path.stat().st_mtime - days * 86400))
+    emulator.cache.cached("2", ".so", lambda: b"")  # used
+    emulator.cache.cached("3", ".so", lambda: b"")
+    assert [path.exists() for path in paths] == [True, False, True]
+
+
+def test_ptx_follows_its_headers(tmp_path):
+    (tmp_path / "kernel.cu").write_text('#include "outer.h"\nextern "C" __global__ void k(int* y) { *y = VALUE; }')
+    (tmp_path / "outer.h").write_text('#include "inner.h"')
+    for value in (3, 4, 3):
+        (tmp_path / "inner.h").write_text(f"#define VALUE {value}")
+        y = np.zeros(1, np.int32)
+        Module(compile_ptx(tmp_path / "kernel.cu")).launch("k", (1,), (1,), (y,))
+        assert y[0] == value
+
+
 def test_structure_may_come_from_ctypes():
     class Arguments(ctypes.Structure):
         _fields_ = (("x", ctypes.c_void_p), ("scale", ctypes.c_float), ("negate", ctypes.c_bool))
@@ -614,9 +972,9 @@ def test_cache_is_private_and_reused(tmp_path, monkeypatch):
     for _ in range(2):
         Module(compile_ptx(source)).launch("k", (1,), (32,), (x, y))
         built.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cuconv" / "emulator").iterdir()})
-    assert built[0] == built[1] and {path.suffix for path in built[0]} == {".o", ".so"}
+    assert built[0] == built[1] and {path.suffix for path in built[0]} == {".o", ".so", ".ptx", ".translation"}
     directory = tmp_path / "cuconv" / "emulator"
     assert directory.stat().st_mode & 0o077 == 0
     os.chmod(directory, 0o777)
     with pytest.raises(PermissionError, match="writable by no one else"):
-        emulator.build.cache_directory()
+        emulator.cache.directory()

@@ -74,4 +74,4 @@ def test_whole_parity_list(cases, device):
 
 def test_the_engine_has_the_functions_of_the_reference():
     offered = {name for name in vars(Engine(EmulatedRuntime())) if name != "runtime"}
-    assert offered | {"empty", "fuses"} == set(reference.__all__)
+    assert offered | {"empty"} == set(reference.__all__)

@@ -18,7 +18,7 @@ template <int ACT>
 __device__ __forceinline__ void apply_from(const REAL* x, REAL* y, REAL* slopes, int i, int n) {
   y[ACT * n + i] = activate<ACT>(x[i]);
   slopes[ACT * n + i] = slope<ACT>(x[i]);
-  if constexpr (ACT < ACT_HARD_SILU) apply_from<ACT + 1>(x, y, slopes, i, n);
+  if constexpr (ACT < ACT_LAST) apply_from<ACT + 1>(x, y, slopes, i, n);
 }
 extern "C" __global__ void apply(const REAL* __restrict__ x, REAL* y, REAL* slopes, int n) {
   const int i = blockIdx.x * 128 + threadIdx.x;
@@ -26,7 +26,7 @@ extern "C" __global__ void apply(const REAL* __restrict__ x, REAL* y, REAL* slop
 }
 """
 
-EDGES = [0.0, -0.0, 3, -3, 6, 1e-30, -1e-30, 1e-3, -1e-3, 88, -88, 700, -700]
+EDGES = [0.0, -0.0, 0.5, -0.5, 1, -1, 20, 3, -3, 6, 1e-30, -1e-30, 1e-3, -1e-3, 88, -88, 700, -700]
 SPECIAL = [np.inf, -np.inf, np.nan]
 
 

@@ -4,15 +4,12 @@ import dataclasses
 import functools
 import json
 
-import emulator
 import fake_cupy
 import numpy as np
 import pytest
-from emulated import EmulatedRuntime
 
 from cuconv import cli, ops, parity
 from cuconv.cuda import runtime
-from cuconv.cuda.engine import Engine
 
 WITHOUT = ("float64", "complex128")
 
@@ -77,24 +74,6 @@ def test_the_numpy_path_passes():
     assert [f"{outcome.case}: {outcome.problem}" for outcome in outcomes if not outcome.passed] == []
     assert all(0 <= outcome.share <= 1 for outcome in outcomes)
     assert sum(outcome.share > 0 for outcome in outcomes) > 0.9 * len(outcomes), "really compared"
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(bool(emulator.missing()), reason=str(emulator.missing()))
-@pytest.mark.parametrize("dtype", parity.DTYPES)
-def test_the_kernels_pass_in_the_emulator(monkeypatch, dtype):
-    """A part of the list from `ops` down to the kernels' PTX."""
-    engine, host = Engine(EmulatedRuntime()), ops._place
-
-    def choose(arrays):
-        return engine if any(isinstance(array, Placed) for array in arrays) else host(arrays)
-
-    monkeypatch.setattr(ops, "_place", choose)
-    listed = [case for case in parity.cases(quick=dtype != "float32") if case.dtype == dtype][
-        :: 23 if dtype == "float32" else 7
-    ]
-    wrong = [f"{each.case}: {each.problem}" for each in parity.run(listed, place) if not each.passed]
-    assert wrong == [] and engine.runtime.launches
 
 
 # --- Wrong engines -----------------------------------------------------------------------------------------------

@@ -4,20 +4,18 @@ A plant changes the text of one kernel file in a copy of kernels/. The same pari
 must then end in the report or the failure that the plant names.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import emulated
 import emulator
 import numpy as np
 import pytest
 from emulated import EmulatedRuntime
+from planted import planted
 from test_conv_kernels import LIMITS, Case, last_blocks, only
 
 from cuconv import geometry
 from cuconv.cuda.conv import conv
-from cuconv.cuda.runtime import kernel_directory
 from cuconv.plan import conv as conv_plans
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
@@ -126,27 +124,9 @@ PLANTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def plant(monkeypatch, tmp_path):
-    """Changes the text of a kernel for the emulated runtimes of this test."""
-
-    def change(file, old, new):
-        folder = tmp_path / "kernels"
-        shutil.copytree(kernel_directory(), folder)
-        text = (folder / file).read_text()
-        assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
-        (folder / file).write_text(text.replace(old, new))
-        monkeypatch.setattr(emulated, "kernel_directory", lambda: folder)
-        emulated.module.cache_clear()
-
-    yield change
-    emulated.module.cache_clear()
-
-
 @pytest.mark.parametrize("bug", PLANTS, ids=str)
-def test_planted_bug_is_caught(bug, plant):
-    plant(bug.file, bug.old, bug.new)
-    with only("float32", SMALL):
+def test_planted_bug_is_caught(bug):
+    with planted(bug.file, bug.old, bug.new), only("float32", SMALL):
         caught = what_catches(bug.run, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=3.0))
     assert set(bug.caught) <= caught, caught
 

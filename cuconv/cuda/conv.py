@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from cuconv import activations
 from cuconv.activations import Activation
 from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
 from cuconv.geometry import ConvShape
 from cuconv.plan.conv import plan_conv, plan_kernel_grad
-from cuconv.plan.types import ELEMENTS
+from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS
 
 
 def conv(
@@ -45,6 +46,11 @@ def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Ar
             partial = runtime.empty((plan.partial,), ELEMENTS[dtype_name(out.dtype)].sum_dtype)
             runtime.launch(plan.grad, (x, dy, partial))
             runtime.launch(plan.reduce, (partial, dw))
+
+
+def fuses(activation: Activation) -> bool:
+    """Whether the kernels apply `activation` themselves. A user's function may have the name of one of theirs."""
+    return activation.name in ACTIVATION_CODES and activation is getattr(activations, activation.name)
 
 
 def name_of(activation: Activation | None) -> str:

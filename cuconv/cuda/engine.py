@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from cuconv.activations import Activation
 from cuconv.cuda.arrays import Array, Runtime
 from cuconv.cuda.bias_grad import bias_grad
-from cuconv.cuda.conv import conv, kernel_grad
+from cuconv.cuda.conv import conv, fuses, kernel_grad
 from cuconv.cuda.conv_lstm import gates, gates_grad
 from cuconv.cuda.depthwise import depthwise_conv, depthwise_grads, depthwise_kernel_grad, depthwise_transpose
 from cuconv.cuda.separable import separable_conv, separable_input_grad, separable_kernel_grad
 from cuconv.cuda.transpose import conv_transpose
 from cuconv.cuda.upsample import upsample, upsample_input_grad
-from cuconv.plan.types import ACTIVATION_CODES
 
 
 class Engine:
@@ -22,6 +20,7 @@ class Engine:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.fuses = fuses
         bound = functools.partial
         self.bias_grad = bound(bias_grad, runtime)
         self.conv = bound(conv, runtime)
@@ -42,7 +41,3 @@ class Engine:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array in C order, not initialised."""
         return self.runtime.empty(shape, dtype)
-
-    def fuses(self, activation: Activation) -> bool:
-        """Whether the kernels apply `activation` themselves."""
-        return activation.name in ACTIVATION_CODES

@@ -30,6 +30,16 @@ ACTIVATION_CODES = {
     "exponential": 12,
     "hard_sigmoid": 13,
     "hard_silu": 14,
+    "celu": 15,
+    "mish": 16,
+    "squareplus": 17,
+    "log_sigmoid": 18,
+    "hard_tanh": 19,
+    "tanh_shrink": 20,
+    "hard_shrink": 21,
+    "soft_shrink": 22,
+    "sparse_plus": 23,
+    "sparse_sigmoid": 24,
 }
 
 

@@ -7,8 +7,8 @@ Mode "plain" computes and checks bounds, barriers and time. Mode "trace" also fi
 uninitialised reads and reads of copies that are still under way, and counts memory transactions. A launch that has
 something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector).
 
-Not there, and an error: textures, clusters, tensor-memory copies, wgmma. Flags passed between threads through memory, without a barrier, order nothing for
-the detector.
+Not there, and an error: textures, clusters, tensor-memory copies, wgmma. Flags passed between threads through memory,
+without a barrier, order nothing for the detector.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from . import build, nvrtc
-from .nvrtc import CompileError, compile_ptx
+from . import build, cache, nvrtc
+from .nvrtc import CompileError, compile_cubin, compile_ptx
 from .opcodes import UnsupportedError
-from .ptx import PtxError, parse
-from .translate import KernelInfo, Translation, translate
+from .ptx import PtxError
+from .translate import KernelInfo, translated
 
 __all__ = [
     "CompileError",
@@ -37,10 +37,13 @@ __all__ = [
     "Structure",
     "Traffic",
     "UnsupportedError",
+    "cache",
+    "compile_cubin",
     "compile_ptx",
     "missing",
 ]
 
+MOST_SHOWN = 10  # reports in a message
 GUARD = 4096  # bytes between arrays, so that one index too many hits nothing
 ALIGNMENT = 512  # bytes, what device allocators give
 IN_PLACE = 1 << 28  # bytes from which an array is not copied; sparse arrays can be larger than memory
@@ -114,7 +117,8 @@ class EmulationError(RuntimeError):
     """A launch had something to report."""
 
     def __init__(self, kernel: str, launch: Launch):
-        super().__init__("\n".join([f"{kernel}: {len(launch.reports)} reports", *map(str, launch.reports)]))
+        shown = [str(report) for report in launch.reports[:MOST_SHOWN]]
+        super().__init__("\n".join([f"{kernel}: {len(launch.reports)} reports", *shown]))
         self.reports = launch.reports
 
 
@@ -169,7 +173,9 @@ class _Memory:
     Arrays that share memory are copied as the one array that they are views of, so they share it here too.
     """
 
-    def __init__(self, arrays: dict[int, list[np.ndarray]], uninitialised: Sequence[int], poisoned: Callable, cell: int):
+    def __init__(
+        self, arrays: dict[int, list[np.ndarray]], uninitialised: Sequence[int], poisoned: Callable, cell: int
+    ):
         spans = {}  # address of the array that owns memory -> (bytes, offset in the arena or None, first shadow cell)
         size = cells = 0
         for array in (array for group in arrays.values() for array in group):
@@ -254,7 +260,7 @@ class Module:
     """The kernels of a PTX text."""
 
     def __init__(self, ptx: str):
-        self.translation: Translation = translate(parse(ptx))
+        self.translation = translated(ptx)
         self._libraries: dict[str, ctypes.CDLL] = {}
 
     @property
@@ -363,10 +369,9 @@ class Module:
             row, *fields = line.split("\t")
             if row == "report":
                 kind, site, count, message = fields
-                launch.reports.append(Report(kind, str(self.translation.place(int(site))), message, int(count)))
+                place = self.translation.sites[int(site)].place if int(site) >= 0 else "launch"
+                launch.reports.append(Report(kind, place, message, int(count)))
             else:
-                instruction = self.translation.sites[int(fields[0])]
-                place, numbers = self.translation.place(int(fields[0])), map(int, fields[2:])
-                line_number = getattr(place, "line", None)
-                launch.traffic.append(Traffic(str(place), line_number, str(instruction), fields[1], *numbers))
+                spot, numbers = self.translation.sites[int(fields[0])], map(int, fields[2:])
+                launch.traffic.append(Traffic(spot.place, spot.line, spot.instruction, fields[1], *numbers))
         return launch

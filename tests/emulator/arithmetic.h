@@ -70,22 +70,36 @@ inline f64 add_to_odd(f64 a, f64 b) {
   return std::bit_cast<f64>((lost > 0) == (sum > 0) ? bits + 1 : bits - 1);
 }
 
-template <Rounding R>
-inline f32 narrow_f32(f64 v) {
-  const f32 r = static_cast<f32>(v);
-  if constexpr (R == NEAREST) return r;
-  const f32 inf = std::numeric_limits<f32>::infinity();
+// The number of T next to r, away from zero or towards it; infinity and the largest number are neighbours.
+template <class T>
+inline T neighbour(T r, bool up) {
+  using Bits = bits_of<sizeof(T)>;
+  const Bits bits = std::bit_cast<Bits>(r), sign = Bits(1) << (8 * sizeof(T) - 1);
+  if (!(bits & ~sign)) return std::bit_cast<T>(Bits(up ? 1 : sign | 1));
+  return std::bit_cast<T>(Bits(up == !(bits & sign) ? bits + 1 : bits - 1));
+}
+
+// `near`, the nearest number of T to v, made the neighbour that the rounding asks for.
+template <Rounding R, class T>
+inline T direct(T near, long double v) {
+  const long double n = wide(near);
+  if (R == NEAREST || std::isnan(v) || std::isinf(v) || n == v) return near;
   const bool up = R == UP || (R == TO_ZERO && v < 0);
-  if (up && f64(r) < v) return std::nextafterf(r, inf);
-  if (!up && f64(r) > v) return std::nextafterf(r, -inf);
-  return r;
+  return up ? n < v ? neighbour(near, true) : near : n > v ? neighbour(near, false) : near;
+}
+
+template <class T>
+inline T narrow(f64 v);
+template <class T, Rounding R>
+inline T narrow_directed(f64 v) {
+  return direct<R>(narrow<T>(v), v);
 }
 
 template <class T>
 inline T narrow(f64 v) {
   if constexpr (std::is_same_v<T, bf16>) {
     if (std::isnan(v)) return {0x7fff};
-    u32 bits = std::bit_cast<u32>(narrow_f32<TO_ZERO>(v));
+    u32 bits = std::bit_cast<u32>(direct<TO_ZERO>(static_cast<f32>(v), v));
     if (f64(std::bit_cast<f32>(bits)) != v) bits |= 1;
     return {u16((u64(bits) + 0x7fff + (bits >> 16 & 1)) >> 16)};
   } else {
@@ -96,7 +110,8 @@ inline T narrow(f64 v) {
 // Subnormal numbers become zero; bfloat16 has the exponents of float.
 template <class T>
 inline T flush(T v) {
-  const f64 w = wide(v), least = std::is_same_v<T, f16> ? 0x1p-14 : 0x1p-126;
+  const f64 w = wide(v);
+  const f64 least = std::is_same_v<T, f16> ? 0x1p-14 : std::is_same_v<T, f64> ? 0x1p-1022 : 0x1p-126;
   return std::fabs(w) < least ? narrow<T>(std::copysign(0., w)) : v;
 }
 
@@ -146,7 +161,16 @@ inline T fma(T a, T b, T c) {
 }
 template <Rounding R>
 inline f32 fma_directed(f32 a, f32 b, f32 c) {
-  return narrow_f32<R>(add_to_odd(f64(a) * b, c));
+  return narrow_directed<f32, R>(add_to_odd(f64(a) * b, c));
+}
+
+// a + b or a - b with the carry that came in; the carry that goes out is in `carry`.
+template <bool SUBTRACT, class T>
+inline T with_carry(T a, T b, bool in, bool& carry) {
+  using Wide = unsigned __int128;
+  const Wide sum = SUBTRACT ? Wide(a) - b - in : Wide(a) + b + in;
+  carry = sum >> (8 * sizeof(T)) & 1;
+  return T(sum);
 }
 
 template <class T>
@@ -220,6 +244,7 @@ inline T min_nan(T a, T b) { return extremum<false, true>(a, b); }
 template <class T>
 inline T max_nan(T a, T b) { return extremum<true, true>(a, b); }
 
+inline f64 upper_half(f64 v) { return std::bit_cast<f64>(std::bit_cast<u64>(v) >> 32 << 32); }
 template <class T>
 inline T rcp(T a) { return T(1) / a; }
 template <class T>
@@ -288,6 +313,14 @@ template <class T>
 inline u32 popc(T a) { return u32(std::popcount(a)); }
 template <class T>
 inline u32 clz(T a) { return u32(std::countl_zero(a)); }
+// Position of the highest bit that differs from the sign, or -1; SHIFT: of how far it is from the top.
+template <bool SHIFT, class T>
+inline u32 bfind(T a) {
+  using U = std::make_unsigned_t<T>;
+  const U bits = std::is_signed_v<T> && a < 0 ? U(~U(a)) : U(a);
+  if (bits == 0) return 0xffffffffu;
+  return SHIFT ? u32(std::countl_zero(bits)) : u32(8 * sizeof(T) - 1 - std::countl_zero(bits));
+}
 inline u32 brev(u32 a) {
   u32 r = 0;
   for (int i = 0; i < 32; i++) r |= (a >> i & 1) << (31 - i);
@@ -296,6 +329,11 @@ inline u32 brev(u32 a) {
 inline u64 brev(u64 a) { return u64(brev(u32(a))) << 32 | brev(u32(a >> 32)); }
 
 // ---- comparison and conversion ----------------------------------------------------------------------------------
+
+template <class T>
+inline bool is_normal(T a) { return std::isnormal(a); }
+template <class T>
+inline bool is_subnormal(T a) { return std::fpclassify(a) == FP_SUBNORMAL; }
 
 enum Comparison { EQ, NE, LT, LE, GT, GE };
 
@@ -336,14 +374,9 @@ inline To integer_from(From v) {
 
 template <class To, Rounding R = NEAREST, class From>
 inline To float_from(From v) {
-  if constexpr (is_float<From>) {
-    if constexpr (std::is_same_v<To, f32> && R != NEAREST) return narrow_f32<R>(wide(v));
-    else return narrow<To>(wide(v));
-  } else if constexpr (is_half<To>) {
-    return narrow<To>(f64(v));
-  } else {
-    return To(v);
-  }
+  if constexpr (is_float<From>) return narrow_directed<To, R>(wide(v));
+  else if constexpr (is_half<To>) return narrow_directed<To, R>(f64(v));
+  else return direct<R>(To(v), (long double)v);
 }
 
 // An operation on both halves of a packed register.

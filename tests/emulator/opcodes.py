@@ -7,7 +7,7 @@ mistake. A family of instructions is a section of this file, or a module that ca
 from collections.abc import Callable
 from typing import Protocol
 
-from .ptx import Address, Instruction, Number, Operand, Pair, PtxError, Vector
+from .ptx import Address, Instruction, Name, Number, Operand, Pair, PtxError, Vector
 
 # PTX type -> C++ type of arithmetic.h. Untyped bits are unsigned integers.
 TYPES = {f"{kind}{bits}": f"{'s' if kind == 's' else 'u'}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)}
@@ -29,6 +29,8 @@ class Writer(Protocol):
     def read(self, operand: Operand, kind: str) -> str: ...
     def write(self, operand: Operand, value: str, kind: str | None = None) -> str: ...
     def label(self, name: str) -> str: ...
+    def targets(self, name: str) -> tuple[str, ...]: ...
+    def call(self, name: str, results: Vector, arguments: Vector) -> str: ...
     def is_backward(self, name: str) -> bool: ...
 
 
@@ -170,6 +172,8 @@ def arithmetic(site: Site) -> str:
     kind = site.type()
     if name == "mad" and kind.startswith("f"):
         name = "fma"
+    if site.take("cc"):
+        return carrying(site, name, kind, part, "false")
     form = FUSED.get(kind) if name == "fma" else OPERATORS[name]
     if part == "lo" or (part is None and not site.modifiers and rounding == "rn" and kind not in HALVES):
         unsigned = kind.replace("s", "u")  # wraps around
@@ -190,6 +194,28 @@ def arithmetic(site: Site) -> str:
     return site.write(call(site, name, kind, values))
 
 
+def carrying(site: Site, name: str, kind: str, part: str | None, carry: str) -> str:
+    """A sum with a carry bit, for integers of more than 64 bits; without .cc the carry that goes out is dropped."""
+    unsigned = kind.replace("s", "u")
+    cpp = TYPES[unsigned]
+    if name.startswith("mad"):
+        factors = ", ".join(site.read(index, kind) for index in (1, 2))
+        a, b = f"{cpp}({'mul_high' if part == 'hi' else 'mul'}({factors}))", site.read(3, unsigned)
+    else:
+        a, b = site.reads(unsigned)
+    subtracts = str(name.startswith("sub")).lower()
+    return site.write(f"with_carry<{subtracts}, {cpp}>({a}, {b}, {carry}, carry)", unsigned)
+
+
+@opcode("addc", "subc", "madc")
+def carried(site: Site) -> str:
+    part = site.take("lo", "hi")
+    keeps = site.take("cc")
+    kind = site.type()
+    code = carrying(site, site.instruction.opcode, kind, part, "carry")
+    return code if keeps else f"const bool kept = carry; {code} carry = kept;"
+
+
 @opcode("min", "max")
 def extremum(site: Site) -> str:
     suffix = "_nan" if site.take("NaN") else ""
@@ -199,8 +225,11 @@ def extremum(site: Site) -> str:
 
 @opcode("div", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh")
 def function(site: Site) -> str:
-    site.take("approx", "full", "rn")  # the emulator is correctly rounded, or nearly, in each of them
+    precision = site.take("approx", "full", "rn")  # the emulator is correctly rounded, or nearly, in each of them
     kind = site.type()
+    if kind == "f64" and precision == "approx":  # but here the lower half of the result is zero
+        site.need("ftz")
+        return site.write(f"upper_half({site.instruction.opcode}(flush({site.read(1, kind)})))", kind)
     return site.write(call(site, site.instruction.opcode, kind, site.reads(kind)))
 
 
@@ -258,6 +287,12 @@ def extract_field(site: Site) -> str:
     return site.write(f"bfe({site.read(1, site.type())}, {site.read(2, 'u32')}, {site.read(3, 'u32')})")
 
 
+@opcode("bfind")
+def find_bit(site: Site) -> str:
+    shift = str(site.take("shiftamt") is not None).lower()
+    return site.write(f"bfind<{shift}>({site.read(1, site.type())})", "u32")
+
+
 @opcode("popc", "clz", "brev")
 def count_bits(site: Site) -> str:
     return site.write(f"{site.instruction.opcode}({site.read(1, site.type())})")
@@ -274,28 +309,51 @@ UNORDERED = {f"{name}u": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 @opcode("setp")
 def set_predicate(site: Site) -> str:
-    comparison = site.need(*COMPARISONS, *UNORDERED, "num", "nan")
+    value, combine = comparison(site)
+    if combine is None and not isinstance(site.operands[0], Pair):
+        return site.write(value, "pred")
+    third = site.read(3, "pred") if combine else "true"
+    join = {"or": "|", "xor": "^"}.get(combine, "&")
+    code = f"const bool t = {value}, c = {third}; "
+    return code + site.write_pair(f"bool(t {join} c)", f"bool(!t {join} c)", "pred")
+
+
+@opcode("set")
+def set_value(site: Site) -> str:
+    to = site.need("u32", "s32", "f32")
+    value, combine = comparison(site)
+    if combine:
+        value = f"({value} {dict(zip(('and', 'or', 'xor'), '&|^'))[combine]} {site.read(3, 'pred')})"
+    one, zero = ("1.f", "0.f") if to == "f32" else ("0xffffffffu", "0u")
+    return site.write(f"({value} ? {one} : {zero})", "f32" if to == "f32" else "u32")
+
+
+def comparison(site: Site) -> tuple[str, str | None]:
+    """What `set` and `setp` compare, and how they combine it with a third operand."""
+    name = site.need(*COMPARISONS, *UNORDERED, "num", "nan")
     combine = site.take("and", "or", "xor")
     kind = site.type()
     a, b = site.read(1, kind), site.read(2, kind)
     if kind in FLUSHED and site.take("ftz"):
         a, b = f"flush({a})", f"flush({b})"
-    direct = OPERATOR_OF.get(comparison)
-    if kind in HALVES or (kind in FLOATS and comparison in ("ne", *UNORDERED)):
+    direct = OPERATOR_OF.get(name)
+    if kind in HALVES or (kind in FLOATS and name in ("ne", *UNORDERED)):
         direct = None
-    if comparison in ("num", "nan"):
+    if name in ("num", "nan"):
         value = f"({a} == {a} && {b} == {b})"
-        value = value if comparison == "num" else f"!{value}"
-    elif direct:
-        value = f"({a} {direct} {b})"
-    else:
-        code = COMPARISONS[UNORDERED.get(comparison, comparison)]
-        value = f"compare<{code}, {int(comparison in UNORDERED)}>({a}, {b})"
-    if combine is None and not isinstance(site.operands[0], Pair):
-        return site.write(value, "pred")
-    third = site.read(3, "pred") if combine else "true"
-    join = {"or": "|", "xor": "^"}.get(combine, "&")
-    return f"const bool t = {value}, c = {third}; " + site.write_pair(f"bool(t {join} c)", f"bool(!t {join} c)", "pred")
+        return value if name == "num" else f"!{value}", combine
+    if direct:
+        return f"({a} {direct} {b})", combine
+    code = COMPARISONS[UNORDERED.get(name, name)]
+    return f"compare<{code}, {int(name in UNORDERED)}>({a}, {b})", combine
+
+
+@opcode("testp")
+def test_number(site: Site) -> str:
+    tests = {"finite": "std::isfinite", "infinite": "std::isinf", "notanumber": "std::isnan"}
+    tests |= {"number": "!std::isnan", "normal": "is_normal", "subnormal": "is_subnormal"}
+    test = tests[site.need(*tests)]
+    return site.write(f"{test}({site.read(1, site.need('f32', 'f64'))})", "pred")
 
 
 @opcode("selp")
@@ -353,8 +411,6 @@ def convert(site: Site) -> str:
     if to in FLOATS:
         if rounding in INTEGER_ROUNDINGS:
             value = f"narrow<{to}>(to_integer<{INTEGER_ROUNDINGS[rounding]}>(wide({value})))"
-        elif rounding in ("rz", "rm", "rp") and (to, source) != ("f32", "f64"):
-            raise site.unsupported("directed rounding is supported from f64 to f32 only")
         elif rounding in ROUNDINGS or source != to:
             value = f"float_from<{to}, {ROUNDINGS.get(rounding, 'NEAREST')}>({value})"
         if ftz and to == "f32":
@@ -416,6 +472,9 @@ def load(site: Site) -> str:
 
 @opcode("st")
 def store(site: Site) -> str:
+    if site.take("param"):
+        kind, count = element(site)
+        return f"store_parameter({site.address(0)}, {site.array(site.operands[1], kind)});"
     space, access = space_and_kind(site, "WRITE")
     kind, count = element(site)
     value = site.array(site.operands[1], kind)
@@ -462,10 +521,36 @@ def branch(site: Site) -> str:
     return f"{watch}goto {site.writer.label(target.text)};"
 
 
-@opcode("ret", "exit")
-def leave(site: Site) -> str:
+@opcode("brx")
+def branch_by_index(site: Site) -> str:
+    site.need("idx")
+    site.take("uni")
+    index, table = site.read(0, "u32"), site.writer.targets(site.operands[1].text)
+    watch = f"backward({site.here}); " if any(map(site.writer.is_backward, table)) else ""
+    cases = " ".join(f"case {i}: goto {site.writer.label(target)};" for i, target in enumerate(table))
+    return f"{watch}switch ({index}) {{ {cases} default: trap({site.here}); }}"
+
+
+@opcode("call")
+def call_function(site: Site) -> str:
+    site.take("uni")
+    lists = [operand for operand in site.operands if isinstance(operand, Vector)]
+    names = [operand for operand in site.operands if isinstance(operand, Name)]
+    if len(names) != 1:
+        raise site.unsupported("a function is called by its name")
+    results = lists.pop(0) if lists and site.operands[0] is lists[0] else Vector(())
+    return site.writer.call(names[0].text, results, lists[0] if lists else Vector(()))
+
+
+@opcode("ret")
+def go_back(site: Site) -> str:
     site.take("uni")
     return "return;"
+
+
+@opcode("exit")
+def leave(site: Site) -> str:
+    return "leave(self);"
 
 
 @opcode("trap")

@@ -38,7 +38,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Vector:
-    """`{a, b, ...}`"""
+    """`{a, b, ...}`, or `(a, b, ...)` of a call."""
 
     items: tuple["Operand", ...]
 
@@ -108,7 +108,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable in the state space shared, local, const or global; `data` is its initial value."""
+    """A variable in the state space shared, local, param, const or global; `data` is its initial value."""
 
     name: str
     space: str
@@ -120,18 +120,23 @@ class Variable:
 
 @dataclass
 class Kernel:
+    """A kernel, or a function: what a function takes and returns are variables in the space param."""
+
     name: str
     parameters: list[Parameter]
+    results: list[Parameter] = field(default_factory=list)
     most_threads: int = 0  # of a block; 0 where the text sets no bound
     registers: dict[str, str] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     body: list[Label | Instruction] = field(default_factory=list)
+    targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # lists of labels that brx.idx branches to
 
 
 @dataclass
 class Program:
     target: str = ""
     kernels: dict[str, Kernel] = field(default_factory=dict)
+    functions: dict[str, Kernel] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
 
 
@@ -247,9 +252,8 @@ class _Parser:
                 if keyword.strip() == ".target":
                     program.target = rest.split(",")[0].strip()
                 continue
-            linkage = []
-            while self.token.text in (".visible", ".extern", ".weak", ".common"):
-                linkage.append(self.next().text)
+            while self.accept(".visible", ".extern", ".weak", ".common"):
+                pass
             if self.accept(".entry"):
                 kernel = self.kernel()
                 program.kernels[kernel.name] = kernel
@@ -257,10 +261,8 @@ class _Parser:
                 self.word()
                 self.skip_block()
             elif self.accept(".func"):
-                if ".extern" not in linkage:
-                    raise self.error("a function that was not inlined is not supported; __forceinline__ it")
-                while not self.accept(";"):
-                    self.next()
+                if function := self.function():
+                    program.functions[function.name] = function
             elif self.token.text in (".global", ".const", ".shared"):
                 program.variables.append(self.variable())
             else:
@@ -278,6 +280,8 @@ class _Parser:
             else:
                 raise self.error(f"unknown attribute {word} of a variable")
         name, count, dynamic = self.word(), 1, False
+        if self.scopes:
+            name = self.scopes[-1].declare(name)
         while self.accept("["):
             if self.accept("]"):
                 dynamic = True
@@ -305,11 +309,7 @@ class _Parser:
     # Kernels
 
     def kernel(self) -> Kernel:
-        kernel = Kernel(self.word(), [])
-        if self.accept("("):
-            while not self.accept(")"):
-                kernel.parameters.append(self.parameter(kernel.parameters))
-                self.accept(",")
+        kernel = Kernel(self.word(), self.parameters())
         while self.token.text != "{":
             if self.accept(".maxntid", ".reqntid"):
                 kernel.most_threads = self.integer()
@@ -317,13 +317,35 @@ class _Parser:
                     kernel.most_threads *= self.integer()
             else:
                 self.next()
-        self.next()
+        self.body(kernel)
+        return kernel
+
+    def function(self) -> Kernel | None:
+        """A function; None where it is only declared."""
+        results = self.parameters()
+        function = Kernel(self.word(), self.parameters(), results)
+        while self.token.text not in ("{", ";"):
+            self.next()
+        if self.accept(";"):
+            return None
+        self.body(function)
+        return function
+
+    def body(self, kernel: Kernel) -> None:
+        self.expect("{")
         self.location = None
         self.scope_count = 0
         self.open_scope()
         while self.scopes:
             self.statement(kernel)
-        return kernel
+
+    def parameters(self) -> list[Parameter]:
+        found: list[Parameter] = []
+        if self.accept("("):
+            while not self.accept(")"):
+                found.append(self.parameter(found))
+                self.accept(",")
+        return found
 
     def parameter(self, before: list[Parameter]) -> Parameter:
         self.expect(".param")
@@ -371,16 +393,25 @@ class _Parser:
             self.scopes.pop()
         elif self.accept(".reg"):
             self.declare_registers(kernel)
-        elif token.text in (".shared", ".local"):
+        elif token.text in (".shared", ".local", ".param"):
             kernel.variables.append(self.variable())
         elif self.accept(".pragma"):
             while not self.accept(";"):
                 self.next()
         elif token.kind == "word" and self.tokens[self.at + 1].text == ":":
-            kernel.body.append(Label(self.resolve(self.word())))
+            label = self.resolve(self.word())
             self.expect(":")
+            if self.accept(".branchtargets"):
+                kernel.targets[label] = tuple(self.names_until_semicolon())
+            else:
+                kernel.body.append(Label(label))
         elif not self.accept(";"):
             kernel.body.append(self.instruction())
+
+    def names_until_semicolon(self) -> Iterator[str]:
+        while not self.accept(";"):
+            yield self.resolve(self.word())
+            self.accept(",")
 
     def locate(self, directive: str) -> None:
         if match := re.match(r"\.loc\s+(\d+)\s+(\d+)", directive):
@@ -424,15 +455,18 @@ class _Parser:
         return Name(self.resolve(self.word()), negated)
 
     def operand(self) -> Operand:
-        if self.token.text == "{":
-            return self.vector()
+        if self.accept("{"):
+            return self.vector("}")
+        if self.accept("("):
+            return self.vector(")")
         if self.accept("["):
             base = self.name() if self.token.kind == "word" else Number(self.integer())
             offset, coordinates = 0, None
             if self.accept("+") or self.token.text == "-":
                 offset = self.integer()
             if self.accept(","):
-                coordinates = self.vector()
+                self.expect("{")
+                coordinates = self.vector("}")
             self.expect("]")
             return Address(base, offset, coordinates)
         if self.token.kind == "number":
@@ -442,10 +476,9 @@ class _Parser:
         first = self.name()
         return Pair(first, self.name()) if self.accept("|") else first
 
-    def vector(self) -> Vector:
-        self.expect("{")
+    def vector(self, closing: str) -> Vector:
         items = []
-        while not self.accept("}"):
+        while not self.accept(closing):
             items.append(self.operand())
             self.accept(",")
         return Vector(tuple(items))

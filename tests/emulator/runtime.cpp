@@ -241,27 +241,40 @@ static void receive(u32 thread, const std::vector<u32>& from) {
 
 // ---- the detector -----------------------------------------------------------------------------------------------
 
+static const Extent shared_extent{};  // stands for shared memory: nothing is there when a block starts
+
+struct Name {
+  char text[24];
+};
+static Name name_of(const Extent& e) {
+  Name n{"a module variable"};
+  if (&e == &shared_extent) return {"shared memory"};
+  if (e.argument >= 0) std::snprintf(n.text, sizeof n.text, "argument %d", e.argument);
+  return n;
+}
+
 static bool unordered(const Thread& self, u32 block, u32 clock, u32 other) {
   if (clock == 0) return false;
   return block != block_number || clock == PENDING || (other != self.id && clock_of(self.id)[other] < clock);
 }
 
-static void check(Thread& self, int site, Cell& c, Kind kind, bool initialised, const char* where) {
+static void check(Thread& self, int site, Cell& c, Kind kind, const Extent& where) {
   const bool writes = kind != READ && kind != STRONG_READ, reads = !writes || kind == ATOMIC;
   const bool strong = kind == ATOMIC || kind == STRONG_READ || kind == STRONG_WRITE;
   if (!(strong && c.strong_write) && unordered(self, c.write_block, c.write_clock, c.writer)) {
     if (c.write_clock == PENDING && c.write_block == block_number)
       report("pending", site, &self, "%s %s before the copy that thread %u started was waited for",
-             writes ? "write to" : "read of", where, c.writer);
+             writes ? "write to" : "read of", name_of(where).text, c.writer);
     else
       report("race", site, &self, "%s %s races with a write by thread %u of block %llu", writes ? "write to" : "read of",
-             where, c.writer, (unsigned long long)block_at(c.write_block - 1));
+             name_of(where).text, c.writer, (unsigned long long)block_at(c.write_block - 1));
   }
-  if (reads && !initialised && !c.written) report("uninitialised", site, &self, "read of %s, never written", where);
+  if (reads && !c.written && where.initialised != ALWAYS)
+    report("uninitialised", site, &self, "read of %s, never written", name_of(where).text);
   if (writes) {
     for (int i = 0; i < 2; i++)
       if (!(strong && c.strong_read[i]) && unordered(self, c.read_block[i], c.read_clock[i], c.reader[i]))
-        report("race", site, &self, "write to %s races with a read by thread %u of block %llu", where, c.reader[i],
+        report("race", site, &self, "write to %s races with a read by thread %u of block %llu", name_of(where).text, c.reader[i],
                (unsigned long long)block_at(c.read_block[i] - 1));
     c.write_block = block_number;
     c.write_clock = kind == ASYNC_WRITE ? PENDING : clock_of(self.id)[self.id];
@@ -269,18 +282,43 @@ static void check(Thread& self, int site, Cell& c, Kind kind, bool initialised, 
     c.strong_write = strong;
     c.written = 1;
   } else {
+    const u32 now = clock_of(self.id)[self.id];
+    if (c.reader[0] == self.id && c.read_clock[0] == now && c.read_block[0] == block_number && c.strong_read[0] == strong)
+      return;
     // A read that this one is ordered after can be forgotten: what races with it races with this one too.
     int slot = 0;
     while (slot < 2 && unordered(self, c.read_block[slot], c.read_clock[slot], c.reader[slot])) slot++;
-    if (slot == 2) slot = int(random_below(2));
+    if (slot == 2) slot = int(random_state = random_state * 6364136223846793005u + 1) < 0;
     c.read_block[slot] = block_number;
-    c.read_clock[slot] = clock_of(self.id)[self.id];
+    c.read_clock[slot] = now;
     c.reader[slot] = u16(self.id);
     c.strong_read[slot] = strong;
   }
 }
 
 // ---- the counters -----------------------------------------------------------------------------------------------
+
+constexpr u32 BANKS = 32, SECTOR = 32;
+
+template <class T>
+static u32 distinct(T* first, T* last) {
+  if (!std::is_sorted(first, last)) std::sort(first, last);
+  return u32(std::unique(first, last) - first);
+}
+
+// Wavefronts of lanes that are served at once: the most distinct words in a bank.
+static u32 wavefronts(const Logged* first, const Logged* last) {
+  u64 words[BANKS][BANKS];  // a lane has at most 32 bytes, together 128
+  u32 in_bank[BANKS] = {}, most = 1;
+  for (; first != last; first++)
+    for (u64 w = first->address / 4; w <= (first->address + first->bytes - 1) / 4; w++) {
+      u32& n = in_bank[w % BANKS];
+      if (std::find(words[w % BANKS], words[w % BANKS] + n, w) != words[w % BANKS] + n) continue;
+      words[w % BANKS][n++] = w;
+      most = std::max(most, n);
+    }
+  return most;
+}
 
 // One instruction, executed once by lanes of a warp.
 static void count_request(const Logged* first, const Logged* last) {
@@ -291,69 +329,69 @@ static void count_request(const Logged* first, const Logged* last) {
   if (first->counter % 2) {
     const u32 together = bytes <= 4 ? 32 : std::max(1u, 128 / bytes);  // lanes served at once: 128 bytes
     for (u32 i = 0; i < lanes; i += together) {
-      std::vector<u64> words;
-      for (u32 j = i; j < std::min(lanes, i + together); j++)
-        for (u64 w = first[j].address / 4; w <= (first[j].address + bytes - 1) / 4; w++) words.push_back(w);
-      std::sort(words.begin(), words.end());
-      words.erase(std::unique(words.begin(), words.end()), words.end());
-      u32 in_bank[32] = {}, most = 1;
-      for (u64 w : words) most = std::max(most, ++in_bank[w % 32]);
-      t.wavefronts += most;
+      t.wavefronts += wavefronts(first + i, first + std::min(lanes, i + together));
       t.least_wavefronts++;
     }
   } else {
-    std::vector<u64> sectors, elements;
-    for (const Logged* l = first; l != last; l++) {
-      elements.push_back(l->address);
-      for (u64 s = l->address / 32; s <= (l->address + bytes - 1) / 32; s++) sectors.push_back(s);
+    u64 elements[32], sectors[64], *e = elements, *s = sectors;  // aligned accesses of at most 32 bytes
+    for (; first != last; first++) {
+      *e++ = first->address;
+      for (u64 n = first->address / SECTOR; n <= (first->address + bytes - 1) / SECTOR; n++) *s++ = n;
     }
-    for (auto* v : {&sectors, &elements}) {
-      std::sort(v->begin(), v->end());
-      v->erase(std::unique(v->begin(), v->end()), v->end());
-    }
-    t.sectors += sectors.size();
-    t.least_sectors += (elements.size() * bytes + 31) / 32;
+    t.sectors += distinct(sectors, s);
+    t.least_sectors += (distinct(elements, e) * bytes + SECTOR - 1) / SECTOR;
   }
 }
 
 // Lanes meet in a request by the count of how often each has executed the instruction since the last flush.
 static void flush_counters() {
   if (!TRACE) return;
-  using Key = std::tuple<u32, u32, u32>;  // counter, how often before, lane
+  struct Request {
+    u32 lanes;
+    Logged log[32];
+  };
+  static std::vector<u32> most, executed, base, used;  // by counter, and the counters that occur
+  static std::vector<Request> requests;
+  most.resize(traffic.size()), executed.resize(traffic.size()), base.resize(traffic.size());
   for (u32 warp = 0; warp * 32 < threads; warp++) {
-    std::vector<std::pair<Key, Logged>> all;
-    for (u32 i = warp * 32; i < std::min(threads, warp * 32 + 32); i++) {
-      std::map<u32, u32> before;
-      for (const Logged& l : fibers[i].log) all.push_back({{l.counter, before[l.counter]++, i}, l});
+    const u32 low = warp * 32, high = std::min(threads, low + 32);
+    u32 count = 0;
+    used.clear();
+    for (u32 i = low; i < high; i++) {
+      for (const Logged& l : fibers[i].log) {
+        if (most[l.counter] == 0 && executed[l.counter] == 0) used.push_back(l.counter);
+        executed[l.counter]++;
+      }
+      for (u32 c : used) most[c] = std::max(most[c], executed[c]), executed[c] = 0;
+    }
+    for (u32 c : used) base[c] = count, count += most[c], most[c] = 0;
+    if (requests.size() < count) requests.resize(count);
+    for (u32 r = 0; r < count; r++) requests[r].lanes = 0;
+    for (u32 i = low; i < high; i++) {
+      for (const Logged& l : fibers[i].log) {
+        Request& r = requests[base[l.counter] + executed[l.counter]++];
+        r.log[r.lanes++] = l;
+      }
+      for (u32 c : used) executed[c] = 0;
       fibers[i].log.clear();
     }
-    std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    std::vector<Logged> request;
-    for (size_t i = 0; i < all.size(); i++) {
-      request.push_back(all[i].second);
-      const bool last = i + 1 == all.size() || std::get<0>(all[i].first) != std::get<0>(all[i + 1].first) ||
-                        std::get<1>(all[i].first) != std::get<1>(all[i + 1].first);
-      if (!last) continue;
-      count_request(request.data(), request.data() + request.size());
-      request.clear();
-    }
+    for (u32 r = 0; r < count; r++) count_request(requests[r].log, requests[r].log + requests[r].lanes);
   }
 }
 
 // ---- memory -----------------------------------------------------------------------------------------------------
 
-static void trace(Thread& self, int site, Space space, Cell* cells, u64 address, u32 bytes, Kind kind, bool initialised,
-                  const char* where) {
-  for (u64 i = 0; i <= (bytes - 1) / cell_bytes; i++) check(self, site, cells[i], kind, initialised, where);
+static void trace(Thread& self, int site, Space space, Cell* cells, u64 address, u32 bytes, Kind kind,
+                  const Extent& where) {
+  for (u64 i = 0; i <= (bytes - 1) / cell_bytes; i++) check(self, site, cells[i], kind, where);
   self.fiber->log.push_back({2 * u32(site) + (space == SHARED), address, bytes});
 }
 
 static const char* name_of(Kind kind) { return kind == READ || kind == STRONG_READ ? "read" : "write"; }
 
 static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) {
-  bool valid = u64(at) + bytes <= shared_size;
-  for (u32 i = 0; valid && i < bytes; i++) valid = shared_valid[at + i];
-  if (!valid) {
+  // Between two arrays lie more bytes than an access has.
+  if (u64(at) + bytes > shared_size || !shared_valid[at] || !shared_valid[at + bytes - 1]) {
     long nearest = 1l << 40;
     u32 array = 0;
     const auto distance = [&](u32 low, u32 size, u32 index) {
@@ -367,17 +405,8 @@ static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) 
            array == kernel->array_count ? " (dynamic)" : "");
     return nullptr;
   }
-  if (TRACE) trace(self, site, SHARED, &shared_cells[at / cell_bytes], at, bytes, kind, false, "shared memory");
+  if (TRACE) trace(self, site, SHARED, &shared_cells[at / cell_bytes], at, bytes, kind, shared_extent);
   return shared_memory + at;
-}
-
-struct Name {
-  char text[24];
-};
-static Name name_of(const Extent& e) {
-  Name n{"a module variable"};
-  if (e.argument >= 0) std::snprintf(n.text, sizeof n.text, "argument %d", e.argument);
-  return n;
 }
 
 static u8* resolve_global(Thread& self, int site, u64 address, u32 bytes, Kind kind) {
@@ -408,13 +437,13 @@ static u8* resolve_global(Thread& self, int site, u64 address, u32 bytes, Kind k
   const Extent& e = last_extent[site];
   if (TRACE) {
     Cell* cells = global_cells + e.shadow + (address - e.low) / cell_bytes;
-    trace(self, site, GLOBAL, cells, address, bytes, kind, e.initialised == ALWAYS, name_of(e).text);
+    trace(self, site, GLOBAL, cells, address, bytes, kind, e);
   }
   return reinterpret_cast<u8*>(address);
 }
 
 static bool aligned(Thread& self, int site, u64 address, u32 bytes) {
-  if (address % bytes == 0) return true;
+  if (!(address & (bytes - 1))) return true;  // a power of two
   report("alignment", site, &self, "address is no multiple of %u bytes", bytes);
   return false;
 }

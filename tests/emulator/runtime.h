@@ -9,6 +9,14 @@
 
 namespace emulator {
 
+// Kernels are long and run briefly: without optimisation they build in a third of the time, and what they call is
+// optimised in any case.
+#ifdef __clang__
+#define KERNEL __attribute__((optnone, noinline))
+#else
+#define KERNEL __attribute__((optimize("O0")))
+#endif
+
 struct Index {
   u32 x, y, z;
 };
@@ -68,12 +76,17 @@ template <class T, int N>
 inline void store(Thread& self, int site, Space space, u64 address, std::array<T, N> v, Kind kind = WRITE) {
   if (u8* p = access(self, site, space, address, sizeof v, kind)) std::memcpy(p, &v, sizeof v);
 }
-// Parameters and module constants: memory of the host, of known layout.
+// Parameters of kernels and functions: memory of the host, of known layout.
 template <class T, int N>
 inline std::array<T, N> load_parameter(u64 address) {
   std::array<T, N> v;
   std::memcpy(&v, reinterpret_cast<const void*>(address), sizeof v);
   return v;
+}
+
+template <class T, size_t N>
+inline void store_parameter(u64 address, std::array<T, N> v) {
+  std::memcpy(reinterpret_cast<void*>(address), &v, sizeof v);
 }
 
 // Fibers switch only at calls into the runtime, so a plain read-modify-write is atomic.

@@ -1,11 +1,16 @@
 """C++ from PTX: each kernel becomes a function that one thread runs, each instruction a statement of the table."""
 
+import functools
 import math
+import pickle
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+from . import cache
 from .opcodes import TYPES, is_byte_access, statement
 from .ptx import (
     SIZES,
@@ -13,7 +18,6 @@ from .ptx import (
     Instruction,
     Kernel,
     Label,
-    Location,
     Name,
     Number,
     Operand,
@@ -21,6 +25,7 @@ from .ptx import (
     Program,
     PtxError,
     Vector,
+    parse,
 )
 
 REDZONE = 1024  # bytes between shared arrays, so that one index too many falls between them
@@ -45,20 +50,22 @@ class KernelInfo:
     most_threads: int  # of a block, from its launch bounds; 0 without
 
 
+class Spot(NamedTuple):
+    """An instruction as reports name it."""
+
+    instruction: str
+    place: str  # in the source; its PTX line where the text has no line information
+    line: int | None  # of the source
+
+
 @dataclass(frozen=True)
 class Translation:
     """C++ of a module, and what its numbers mean."""
 
     code: str
     kernels: dict[str, KernelInfo]  # in the order of the table in the code
-    sites: list[Instruction]  # by site number
+    sites: list[Spot]  # by site number
     cell_bytes: int  # of memory that the detector tells apart
-
-    def place(self, site: int) -> Location | str:
-        """Where a site is in the source; its PTX line where the text has no line information."""
-        if site < 0:
-            return "launch"
-        return self.sites[site].location or f"PTX line {self.sites[site].line}"
 
 
 def identifier(prefix: str, name: str) -> str:
@@ -87,16 +94,26 @@ def variable(name: str) -> str:
 
 
 class _KernelWriter:
-    def __init__(self, kernel: Kernel, program: Program):
-        self.kernel = kernel
-        self.parameters = {p.name: p for p in kernel.parameters}
-        used = {name for item in kernel.body if isinstance(item, Instruction) for name in _names(item.operands)}
-        shared = [v for v in program.variables if v.space == "shared" and v.name in used]
-        self.shared = shared + [v for v in kernel.variables if v.space == "shared"]
-        self.local = {v.name: v for v in kernel.variables if v.space == "local"}
+    """A kernel and the functions that it calls."""
+
+    def __init__(self, kernel: Kernel, index: int, program: Program):
+        self.index = index
+        self.parts = list(_reachable(kernel, program))  # the kernel first
+        self.functions = {part.name: f"function_{index}_{n}" for n, part in enumerate(self.parts) if n}
+        used = {name for part in self.parts for name in _used(part)}
+        self.shared = [v for v in program.variables if v.space == "shared" and v.name in used]
+        self.shared += [v for part in self.parts for v in part.variables if v.space == "shared"]
         self.module = {v.name for v in program.variables if v.space in ("const", "global")}
         self.offsets, self.dynamic_offset = self._lay_out()
-        self.positions = {item.name: at for at, item in enumerate(kernel.body) if isinstance(item, Label)}
+        self._enter(kernel)
+
+    def _enter(self, part: Kernel) -> None:
+        self.kernel = part
+        is_function = part.name in self.functions
+        self.parameters = {} if is_function else {p.name: p for p in part.parameters}
+        self.local = {v.name: v for v in part.variables if v.space in ("local", "param")}
+        self.passed = {p.name for p in (*part.results, *part.parameters)} if is_function else set()
+        self.positions = {item.name: at for at, item in enumerate(part.body) if isinstance(item, Label)}
         self.at = 0
 
     def _lay_out(self) -> tuple[dict[str, int], int]:
@@ -151,6 +168,15 @@ class _KernelWriter:
     def is_backward(self, name: str) -> bool:
         return self.positions[name] < self.at
 
+    def targets(self, name: str) -> tuple[str, ...]:
+        return self.kernel.targets[name]
+
+    def call(self, name: str, results: Vector, arguments: Vector) -> str:
+        if name not in self.functions:
+            raise PtxError(f"a function without a body. Received: {name}")
+        passed = (variable(item.text) for item in (*results.items, *arguments.items))
+        return f"{self.functions[name]}({', '.join(('self', *passed))});"
+
     def _type(self, name: str) -> str:
         """The C++ type of what `_value` gives; None where it takes a conversion in any case."""
         kind = self.kernel.registers.get(name)
@@ -167,16 +193,33 @@ class _KernelWriter:
             return f"u64({self.offsets[name]})"
         if name in self.parameters:
             return f"u64(parameters + {self.parameters[name].offset})"
-        if name in self.local or name in self.module:
+        if name in self.local or name in self.passed or name in self.module:
             return f"u64({variable(name)})"
         raise PtxError(f"an undeclared name. Received: {name}")
 
-    # The function
+    # The functions
 
-    def function(self, index: int, sites: list[Instruction]) -> str:
+    def code(self, sites: list[Instruction]) -> str:
+        """The kernel as a C++ function, behind those that it calls."""
+        heads = [f"static void kernel_{self.index}(Thread& self, const u8* parameters)"]
+        for part in self.parts[1:]:
+            passed = (f"u8* {variable(p.name)}" for p in (*part.results, *part.parameters))
+            heads.append(f"static void {self.functions[part.name]}({', '.join(('Thread& self', *passed))})")
+        lines = [f"{head};" for head in heads]
+        for head, part in zip(heads, self.parts):
+            self._enter(part)
+            lines.append(self._function(head, sites))
+        self._enter(self.parts[0])
+        return "\n".join(lines)
+
+    def _function(self, head: str, sites: list[Instruction]) -> str:
         registers = self.kernel.registers
-        lines = [f"static void kernel_{index}(Thread& self, const u8* parameters) {{  // {self.kernel.name}"]
+        lines = [f"KERNEL {head} {{  // {self.kernel.name}"]
         lines += [f"  {self._type(name)} {register(name)} = 0;" for name in registers]
+        if any(
+            item.opcode[:4] in ("addc", "subc", "madc") or "cc" in item.modifiers for item in _instructions(self.kernel)
+        ):
+            lines.append("  bool carry = false;")
         lines += [f"  alignas({v.align}) u8 {variable(v.name)}[{v.size}];" for v in self.local.values()]
         for at, item in enumerate(self.kernel.body):
             self.at = at
@@ -194,15 +237,37 @@ class _KernelWriter:
             sites.append(item)
         return "\n".join([*lines, "}"])
 
-    def info(self, index: int) -> tuple[str, str]:
+    def info(self) -> tuple[str, str]:
         """The lines that describe the kernel to the runtime: its shared arrays, its row in the table."""
+        index = self.index
         arrays = [f"{{{self.offsets[v.name]}, {v.size}}}" for v in self.shared if not v.dynamic]
-        stack = STACK + 16 * len(self.kernel.registers) + sum(v.size + v.align for v in self.local.values())
+        stack = STACK
+        for part in self.parts:
+            stack += 16 * len(part.registers) + sum(v.size + v.align for v in part.variables if v.space != "shared")
         stack = math.ceil(stack / 4096) * 4096
         return (
             f"static const SharedArray arrays_{index}[] = {{{', '.join([*arrays, '{0, 0}'])}}};",
             f"  {{kernel_{index}, arrays_{index}, {len(arrays)}, {self.dynamic_offset}, {stack}}},",
         )
+
+
+def _instructions(part: Kernel) -> Iterator[Instruction]:
+    return (item for item in part.body if isinstance(item, Instruction))
+
+
+def _used(part: Kernel) -> set[str]:
+    return {name for item in _instructions(part) for name in _names(item.operands)}
+
+
+def _reachable(kernel: Kernel, program: Program) -> Iterator[Kernel]:
+    """A kernel and the functions that it calls, and those that they call."""
+    found, waiting = {kernel.name}, [kernel]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        called = [name for name in program.functions if name in _used(part) and name not in found]
+        found.update(called)
+        waiting += [program.functions[name] for name in called]
 
 
 def _names(operands: tuple[Operand, ...]) -> Iterator[str]:
@@ -227,10 +292,10 @@ def translate(program: Program) -> Translation:
     rows = [f"  {{{variable(v.name)}, {v.size}, {str(v.space == 'global').lower()}}}," for v in variables]
     table, infos = [], {}
     for index, kernel in enumerate(program.kernels.values()):
-        writer = _KernelWriter(kernel, program)
+        writer = _KernelWriter(kernel, index, program)
         infos[kernel.name] = KernelInfo(kernel.parameters, writer.shared_bytes, kernel.most_threads)
-        lines.append(writer.function(index, sites))
-        arrays, row = writer.info(index)
+        lines.append(writer.code(sites))
+        arrays, row = writer.info()
         lines.append(arrays)
         table.append(row)
     lines += ["const KernelInfo kernels[] = {", *table, "};"]
@@ -238,4 +303,19 @@ def translate(program: Program) -> Translation:
     cell_bytes = 1 if any(map(is_byte_access, sites)) else 2
     lines += [f"const u32 module_variable_count = {len(variables)}, site_count = {len(sites)};"]
     lines += [f"const u32 cell_bytes = {cell_bytes};", "}"]
-    return Translation("\n".join(lines) + "\n", infos, sites, cell_bytes)
+    return Translation("\n".join(lines) + "\n", infos, [_spot(item) for item in sites], cell_bytes)
+
+
+def _spot(item: Instruction) -> Spot:
+    return Spot(str(item), str(item.location or f"PTX line {item.line}"), item.location.line if item.location else None)
+
+
+@functools.lru_cache(maxsize=1)
+def _sources() -> str:
+    return "".join((Path(__file__).parent / name).read_text() for name in ("ptx.py", "opcodes.py", "translate.py"))
+
+
+def translated(ptx: str) -> Translation:
+    """The C++ of every kernel of a PTX text, kept by content."""
+    path = cache.cached(_sources() + ptx, ".translation", lambda: pickle.dumps(translate(parse(ptx))))
+    return pickle.loads(path.read_bytes())

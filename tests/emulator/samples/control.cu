@@ -56,6 +56,51 @@ extern "C" __global__ void __launch_bounds__(128) halves(const int* x, int* y) {
   y[threadIdx.x] = part[half * 64 + 63 - i];
 }
 
+// One warp hands values to another. It arrives at two barriers without waiting at either, so that the other may wait at
+// them in the opposite order.
+extern "C" __global__ void __launch_bounds__(64) arrive(const int* x, int* y) {
+  __shared__ int part[32];
+  if (threadIdx.x < 32) {
+    part[threadIdx.x] = x[threadIdx.x];
+    asm volatile("bar.arrive 3, 64;" ::: "memory");
+    asm volatile("bar.arrive 4, 64;" ::: "memory");
+    y[threadIdx.x] = 7;
+  } else {
+#ifdef BUG_NO_ARRIVAL
+    y[threadIdx.x] = part[63 - threadIdx.x];
+#endif
+    asm volatile("bar.sync 4, 64;" ::: "memory");
+    asm volatile("bar.sync 3, 64;" ::: "memory");
+    y[threadIdx.x] = part[63 - threadIdx.x];
+  }
+}
+
+// A value that one thread reads twice, before and after a barrier, and another one writes when both have happened.
+extern "C" __global__ void __launch_bounds__(64) read_twice(const int* x, int* y) {
+  __shared__ int value;
+  if (threadIdx.x == 32) value = x[0];
+  __syncthreads();
+  if (threadIdx.x == 0) y[0] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) y[1] = value;
+#ifndef BUG_MISSING_BARRIER
+  __syncthreads();
+#endif
+  if (threadIdx.x == 32) value = x[1];
+  __syncthreads();
+  if (threadIdx.x == 0) y[2] = value;
+}
+
+// Whether the lanes of one warp agree.   y [32, 4]
+extern "C" __global__ void agree(const int* x, const long long* z, u32* y) {
+  int same;
+  u32* row = y + threadIdx.x * 4;
+  row[0] = __match_all_sync(0xffffffffu, x[threadIdx.x], &same);
+  row[1] = same;
+  row[2] = __match_all_sync(0xffffffffu, z[threadIdx.x], &same);
+  row[3] = same;
+}
+
 // Votes and matches of one warp.   y [32, 6]
 extern "C" __global__ void votes(const int* x, u32* y) {
   const int v = x[threadIdx.x];
