@@ -100,7 +100,7 @@ def asarray(x: Any, dtype: Any = None) -> Array:
         TypeError: `x` does not hold numbers.
     """
     _announce()
-    if not isinstance(x, np.ndarray) and hasattr(x, "__cuda_array_interface__"):
+    if runtime.is_gpu_array(x):
         return x if dtype is None else x.astype(dtype, copy=False)
     array = np.asarray(x, dtype)
     if array.dtype.kind in "OSUMm":
@@ -139,9 +139,7 @@ def _where_arrays_are(function: Function) -> Function:
         if arguments and isinstance(arguments[0], np.ndarray):
             return function(*arguments, **keywords)
         given = (*arguments, *keywords.values())
-        device = next(
-            (getattr(each, "device", None) for each in given if hasattr(each, "__cuda_array_interface__")), None
-        )
+        device = next((getattr(each, "device", None) for each in given if runtime.is_gpu_array(each)), None)
         with device or contextlib.nullcontext():
             return function(*arguments, **keywords)
 
@@ -730,7 +728,7 @@ def _place(arrays: Sequence[Array]) -> Any:
             break
     else:
         return _host_engine
-    on_gpu = any(hasattr(array, "__cuda_array_interface__") for array in arrays)
+    on_gpu = any(map(runtime.is_gpu_array, arrays))
     if on_gpu and not runtime.probe().usable:
         raise PlanError(
             f"{runtime.probe().reason}, so arrays on a GPU cannot be computed with. Move them first: `cupy.asnumpy(x)`"
