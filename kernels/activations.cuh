@@ -36,11 +36,16 @@ constexpr int ACT_SPARSE_PLUS = 23;
 constexpr int ACT_SPARSE_SIGMOID = 24;
 constexpr int ACT_LAST = ACT_SPARSE_SIGMOID;
 
+// a / b for b from 1 to 2^126. Of floats it is two units in the last place off; the exact division is a call, for which
+// kernels that fuse it spill.
+__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return a / b; }
+
 // exp(-|v|) keeps the argument of exp at or below zero, so that nothing overflows.
 template <class R>
 __device__ __forceinline__ R sigmoid(R v) {
   const R e = exp(-fabs(v));
-  return (v >= R(0) ? R(1) : e) / (R(1) + e);
+  return divide(v >= R(0) ? R(1) : e, R(1) + e);
 }
 
 // P(normal > v) of the standard normal distribution.

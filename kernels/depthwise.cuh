@@ -1,5 +1,5 @@
-// depthwise.cuh -- what the depthwise kernels share: one spatial axis of a convolution or of its transpose, phase order,
-// and windows of vectors that lie along a row.
+// depthwise.cuh -- what the depthwise kernels share: one spatial axis of a convolution or of its transpose, phase
+// order, and sums over the threads of a block.
 //
 // Phase order. With g = gcd(stride, dilation), the outputs f, f + dilation/g, f + 2*dilation/g, ... of an axis read
 // input positions that are `dilation` apart, `stride / g` from one output to the next: whatever the dilation, a walk in
@@ -20,6 +20,11 @@ using E = ELEMENT;
 using S = Sum<E>;
 using Index = INDEX;
 
+template <class T>
+constexpr bool is_bfloat = false;
+template <>
+constexpr bool is_bfloat<bfloat_t> = true;
+
 // One axis. The source is the array that is read through the taps, the target the one that is written.
 struct Axis {
   Index source, target;             // positions
@@ -35,9 +40,9 @@ struct Line {
   Index first, step, taps, tap_first, tap_step;
 };
 
-template <bool TRANSPOSED>
+template <bool BACKWARDS>
 __device__ __forceinline__ Line line_of(const Axis& a, Index at) {
-  if constexpr (!TRANSPOSED) {
+  if constexpr (!BACKWARDS) {
     return {at * a.stride - a.pad, a.dilation, a.taps, 0, 1};
   } else {
     // p * stride + r * dilation = at + pad has solutions r = tap, tap + every, ..
@@ -71,8 +76,39 @@ __device__ __forceinline__ void add_products(S (&sum)[N], const S (&x)[XN], cons
   for (int v = 0; v < N; ++v) multiply_add(sum[v], x[v * XN / N], w[v]);
 }
 
+// Two bfloat16 make a word: one instruction each.
 template <int N>
 __device__ __forceinline__ void widen_vector(S (&to)[N], const Vector<E, N>& from) {
+  if constexpr (is_bfloat<E> && N % 2 == 0) {
+    unsigned words[N / 2];
+    memcpy(words, &from, sizeof words);
 #pragma unroll
-  for (int v = 0; v < N; ++v) to[v] = widen(from.at[v]);
+    for (int v = 0; v < N; v += 2) {
+      to[v] = __uint_as_float(words[v / 2] << 16);
+      to[v + 1] = __uint_as_float(words[v / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < N; ++v) to[v] = widen(from.at[v]);
+  }
+}
+
+// One element of an array that this kernel only reads.
+__device__ __forceinline__ S value(const E* from) { return widen(load<1>(from).at[0]); }
+
+// Adds each sum of the threads that are equal modulo LANES, in a fixed order; the first LANES threads hold the result.
+// `sums` is shared, [COUNT][N], COUNT the threads of the block, all of which take part.
+template <int COUNT, int LANES, int N>
+__device__ __forceinline__ void add_over_block(S (&sum)[N], S (*sums)[N]) {
+  const int thread = threadIdx.x;
+  __syncthreads();  // what was in `sums` has been read
+#pragma unroll
+  for (int v = 0; v < N; ++v) sums[thread][v] = sum[v];
+#pragma unroll 1
+  for (int half = COUNT / 2; half >= LANES; half /= 2) {
+    __syncthreads();
+    if (thread < half)
+#pragma unroll
+      for (int v = 0; v < N; ++v) sums[thread][v] = sum[v] = add(sum[v], sums[thread + half][v]);
+  }
 }

@@ -26,7 +26,7 @@
 #include "depthwise.cuh"
 
 // Set by the plan: ELEMENT INDEX ACTIVATION   VEC output channels of a thread   XV input channels they read
-//   K taps   TP inputs at a time
+//   K taps   TP inputs at a time   BLOCKS of a multiprocessor, whose registers they share
 constexpr int THREADS = 128;
 static_assert(VEC % XV == 0, "a multiplier repeats whole channels");
 static_assert(TP % K == 0, "slots of sums repeat after K inputs");
@@ -43,7 +43,46 @@ struct Params {
   Index tap_first, tap_step;             // elements of w
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) depthwise_carry(const __grid_constant__ Params p) {
+// One walk, as it stands before input i.
+struct Walk {
+  const E* from;  // of input i
+  E* to;          // of output i - (K-1)
+  Index from_step, to_step;
+  Index at, source_step, source;  // source position of input i
+  Index i, inputs;
+};
+
+// Takes TP inputs. WHOLE: all of them lie inside x, all belong to this walk, and all complete an output of it.
+template <bool WHOLE>
+__device__ __forceinline__ void advance(Walk& walk, S (&acc)[K][VEC], const S (&w)[K][VEC], const S (&bias)[VEC]) {
+  Vector<E, XV> xs[TP];
+#pragma unroll
+  for (int t = 0; t < TP; ++t) {
+    const E* from = walk.from + t * walk.from_step;
+    const bool inside = walk.i + t < walk.inputs && within(walk.at + t * walk.source_step, walk.source);
+    xs[t] = WHOLE ? load<XV>(from) : load_or_zero<XV>(from, inside);
+  }
+#pragma unroll
+  for (int t = 0; t < TP; ++t) {
+    S x[XV];
+    widen_vector(x, xs[t]);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) acc[t % K][v] = bias[v];
+#pragma unroll
+    for (int r = 0; r < K; ++r) add_products(acc[(t + K - r) % K], x, w[r]);
+    if (!WHOLE && (walk.i + t < K - 1 || walk.i + t >= walk.inputs)) continue;
+    Vector<E, VEC> result;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) result.at[v] = finish<ACTIVATION, E>(acc[(t + 1) % K][v]);
+    store(walk.to + t * walk.to_step, result);
+  }
+  walk.from += TP * walk.from_step;
+  walk.to += TP * walk.to_step;
+  walk.at += TP * walk.source_step;
+  walk.i += TP;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_carry(const __grid_constant__ Params p) {
   Index n = Index(blockIdx.x) * THREADS + threadIdx.x;
   if (n >= p.threads) return;
   const Index channel = take(n, p.vectors) * VEC;
@@ -51,42 +90,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_carry(const __gr
   const Index left = (p.target - phase + p.phases - 1) / p.phases - j0;
   const Index outputs = left < p.steps ? left : p.steps;
   if (outputs <= 0) return;
-  const Index inputs = outputs + K - 1;
 
   S w[K][VEC], bias[VEC] = {};
 #pragma unroll
   for (int r = 0; r < K; ++r) widen_vector(w[r], load<VEC>(p.w + p.tap_first + r * p.tap_step + channel));
   if (p.bias)
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) bias[v] = widen(p.bias[channel + v]);
+    for (int v = 0; v < VEC; ++v) bias[v] = value(p.bias + channel + v);
 
-  Index at = p.first + phase * p.phase_step + j0 * p.source_step;  // source position of input i
-  const Index from_step = p.source_step * p.channels, to_step = p.phases * p.filters;
-  const E* from = p.x + (batch * p.source + at) * p.channels + channel / p.multiplier;
-  E* to = p.y + (batch * p.target + phase + (j0 - (K - 1)) * p.phases) * p.filters + channel;  // output i - (K-1)
-
+  const Index at = p.first + phase * p.phase_step + j0 * p.source_step;
+  Walk walk{p.x + (batch * p.source + at) * p.channels + channel / p.multiplier,
+            p.y + (batch * p.target + phase + (j0 - (K - 1)) * p.phases) * p.filters + channel,
+            p.source_step * p.channels,
+            p.phases * p.filters,
+            at,
+            p.source_step,
+            p.source,
+            0,
+            outputs + K - 1};
   S acc[K][VEC] = {};
-  for (Index i = 0; i < inputs; i += TP) {
-    Vector<E, XV> xs[TP];
-#pragma unroll
-    for (int t = 0; t < TP; ++t)
-      xs[t] = load_or_zero<XV>(from + t * from_step, i + t < inputs && within(at + t * p.source_step, p.source));
-#pragma unroll
-    for (int t = 0; t < TP; ++t) {
-      S x[XV];
-      widen_vector(x, xs[t]);
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) acc[t % K][v] = S{};
-#pragma unroll
-      for (int r = 0; r < K; ++r) add_products(acc[(t + K - r) % K], x, w[r]);
-      if (i + t < K - 1 || i + t >= inputs) continue;
-      Vector<E, VEC> result;
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) result.at[v] = finish<ACTIVATION, E>(add(acc[(t + 1) % K][v], bias[v]));
-      store(to + t * to_step, result);
-    }
-    at += TP * p.source_step;
-    from += TP * from_step;
-    to += TP * to_step;
+  while (walk.i < walk.inputs) {
+    advance<false>(walk, acc, w, bias);
+    while (walk.at >= 0 && walk.at + (TP - 1) * p.source_step < p.source && walk.i + TP <= walk.inputs)
+      advance<true>(walk, acc, w, bias);
   }
 }

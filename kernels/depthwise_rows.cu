@@ -13,8 +13,8 @@
 //   a thread, TR vectors apart. blockIdx.x: (rows, tile of TR * TV vectors), tile fastest.
 //
 // Shared memory   xs [BR][(TR * TV + HALO) * V]: the inputs of a tile from the last multiple of V at or below its first
-//   input on, zero outside of x. `first` = V * k + PHASE, so how a window of V elements lies across two vectors is known
-//   at compile time: all reads are whole vectors, and elements are selected from registers.
+//   input on, zero outside of x. `first` = V * k + PHASE, so how a window of V elements lies across two vectors is
+//   known at compile time: all reads are whole vectors, and elements are selected from registers.
 //
 //     vectors of xs   | 0 1 2 3 | 4 5 6 7 | 8 ..         V = 4, PHASE = 1, dilation 1
 //     tap 0, 1, 2, 3     1 2 3 4                          of the first vector of outputs
@@ -24,7 +24,8 @@
 #include "depthwise_windows.cuh"
 
 // Set by the plan: ELEMENT INDEX ACTIVATION   XV, YV elements of an access to x and y
-//   PHASE   UNIT 1 for dilation 1   DMOD dilation % V   KC taps at a time   KT taps left over   TR   TV   HALO
+//   PHASE   UNIT 1 for dilation 1   DMOD dilation % V   KC taps at a time   MANY 1 for more
+//   taps than KC   KT taps left over   TR   TV   HALO
 constexpr int THREADS = 128;
 constexpr int BR = THREADS / TR;
 constexpr int SPAN = (TR * TV + HALO) * V;
@@ -38,17 +39,22 @@ struct Params {
   Index rows, channels, multiplier, tiles;
   Index source, target;       // L, P
   Index first, dilation;      // `first` rounded down to a multiple of V
+  Index before;               // accesses to x that lie before the first output's place
   Index chunks;               // of KC taps
   Index tap_first, tap_step;  // elements of w
 };
 
+template <int N>
+__device__ __forceinline__ void load_weights(S (&w)[N], const E* from, Index tap_step) {
+#pragma unroll
+  for (int r = 0; r < N; ++r) w[r] = value(from + r * tap_step);
+}
+
 // Adds N taps to V outputs; the window of the first is at element PHASE of vector i of xs.
 template <int N>
-__device__ __forceinline__ void add_taps(S (&acc)[V], const E* xs, Index i, const E* weights, const Params& p) {
-  S w[N], window[N][V];
-#pragma unroll
-  for (int r = 0; r < N; ++r) w[r] = widen(weights[r * p.tap_step]);
-  windows<N, PHASE, UNIT, DMOD>(window, p.dilation, [&](Index next) { return read<V>(xs + (i + next) * V); });
+__device__ __forceinline__ void add_taps(S (&acc)[V], const E* xs, Index i, const S (&w)[N], Index dilation) {
+  S window[N][V];
+  windows<N, PHASE, UNIT, DMOD>(window, dilation, [&](Index next) { return read<V>(xs + (i + next) * V); });
 #pragma unroll
   for (int r = 0; r < N; ++r)
 #pragma unroll
@@ -61,33 +67,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_rows(const __gri
   const Index row = Index(blockIdx.x) / p.tiles * BR + slot;
   const Index p0 = Index(blockIdx.x) % p.tiles * (TR * TV * V);  // first output of the tile
 
-  // 1. Stage.
+  // 1. Stage, from the first output's own place on, so that a warp reads whole sectors; what lies before comes last.
   const E* from = p.x + row * p.source;
   constexpr int PIECES = SPAN / XV;
 #pragma unroll
   for (int t = 0; t < ceil_div(PIECES, TR); ++t) {
-    const int piece = lane + t * TR;
+    const int next = lane + t * TR;
+    const int piece = next < PIECES - p.before ? next + int(p.before) : next - (PIECES - int(p.before));
     const Index at = p0 + p.first + piece * XV;
-    if (piece < PIECES) store(&xs[slot][piece * XV], load_or_zero<XV>(from + at, row < p.rows && within(at, p.source)));
+    if (next < PIECES) store(&xs[slot][piece * XV], load_or_zero<XV>(from + at, row < p.rows && within(at, p.source)));
   }
   __syncthreads();
   if (row >= p.rows) return;
 
   for (Index m = 0; m < p.multiplier; ++m) {
     const Index filter = row % p.channels * p.multiplier + m;
-    const S bias = p.bias ? widen(p.bias[filter]) : S{};
+    const S bias = p.bias ? value(p.bias + filter) : S{};
+    const E* weights = p.w + p.tap_first + filter;
     E* to = p.y + (row * p.multiplier + m) * p.target;
+    S w[KC];
+    load_weights(w, weights, p.tap_step);
 #pragma unroll
     for (int t = 0; t < TV; ++t) {
       // 2. Multiply-accumulate.
       const Index vector = lane + t * TR;
-      const E* weights = p.w + p.tap_first + filter;
-      S acc[V] = {};
-      for (Index chunk = 0; chunk < p.chunks; ++chunk) {
-        add_taps<KC>(acc, xs[slot], vector + chunk * (KC / V) * p.dilation, weights, p);
-        weights += KC * p.tap_step;
+      S acc[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) acc[v] = bias;
+      if constexpr (!MANY) {
+        add_taps(acc, xs[slot], vector, w, p.dilation);
+      } else {
+        const E* from = weights;
+        for (Index chunk = 0; chunk < p.chunks; ++chunk) {
+          load_weights(w, from, p.tap_step);
+          add_taps(acc, xs[slot], vector + chunk * (KC / V) * p.dilation, w, p.dilation);
+          from += KC * p.tap_step;
+        }
+        if constexpr (KT > 0) {
+          S rest[larger(KT, 1)];
+          load_weights(rest, from, p.tap_step);
+          add_taps(acc, xs[slot], vector + p.chunks * (KC / V) * p.dilation, rest, p.dilation);
+        }
       }
-      if constexpr (KT > 0) add_taps<KT>(acc, xs[slot], vector + p.chunks * (KC / V) * p.dilation, weights, p);
 
       // 3. Epilogue.
       const Index at = p0 + vector * V;
@@ -96,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_rows(const __gri
         if (at + q >= p.target) continue;
         Vector<E, YV> result;
 #pragma unroll
-        for (int v = 0; v < YV; ++v) result.at[v] = finish<ACTIVATION, E>(add(acc[q + v], bias));
+        for (int v = 0; v < YV; ++v) result.at[v] = finish<ACTIVATION, E>(acc[q + v]);
         store(to + at + q, result);
       }
     }

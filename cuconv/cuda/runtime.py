@@ -505,6 +505,11 @@ def of(arrays: Sequence[Array | None]) -> CudaRuntime:
 # --- Moving ------------------------------------------------------------------------------------------------------
 
 
+def is_gpu_array(array: Any) -> bool:
+    """True for arrays of any library that lie on a GPU. The type is asked: the interface itself takes a microsecond."""
+    return hasattr(type(array), "__cuda_array_interface__")
+
+
 def is_device_array(array: Any) -> bool:
     """True for CuPy's arrays."""
     cupy = sys.modules.get("cupy")  # whoever has such an array has imported it

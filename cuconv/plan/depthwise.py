@@ -10,8 +10,8 @@ Which kernel, from the shape alone:
 * ``depthwise_grad`` -- every other kernel gradient.
 
 The model. A launch takes as long as the slowest of three: the memory, with every array once and what walks or tiles
-read twice; the L1 caches, with every access; the instructions. It is then stretched to whole waves of blocks: a
-multiprocessor that has nothing left waits for the others.
+read twice, unless the L2 cache still holds it; the L1 caches, with every access; the instructions. Multiprocessors that
+have nothing left at the end wait for the others.
 """
 
 from __future__ import annotations
@@ -44,13 +44,20 @@ from cuconv.plan.types import (
 
 THREADS = 128  # of a block, as in the kernels
 CARRIED_TAPS = 8  # of depthwise_carry; with 8 taps of 8 channels 128 registers hold sums and weights
+# Activations of a few instructions; the others take registers of their own, and about 30 instructions an output.
+CHEAP_ACTIVATIONS = frozenset(
+    ("linear", "relu", "relu6", "leaky_relu", "hard_sigmoid", "hard_silu", "hard_tanh", "hard_shrink", "soft_shrink")
+)
 # Inputs that depthwise_carry loads at once, a multiple of the taps: 8 loads of 16 bytes a thread keep the memory busy.
 CARRIED_INPUTS = {1: 8, 2: 8, 3: 9, 4: 8, 5: 10, 6: 6, 7: 7, 8: 8}
-BLOCKS_PER_MULTIPROCESSOR = 3  # that depthwise.cu and the gradients are compiled for: 168 registers a thread
-REGISTERS = 168
+BLOCKS_PER_MULTIPROCESSOR = 3  # that the gradients are compiled for
+REGISTERS = 168  # that ptxas may then give a thread; from sm_100 on it spills a few when it needs them all
 # Registers beside sums, weights and loads. ptxas reports at most this many over all variants and architectures.
-REGISTERS_OF_INDICES = {"depthwise_carry": 60, "depthwise": 40, "depthwise_grad": 56, "depthwise_grads": 56}
+REGISTERS_OF_INDICES = {"depthwise_carry": 24, "depthwise": 20, "depthwise_grad": 56, "depthwise_grads": 56}
 LAUNCH_SECONDS = 3e-6
+L2_FACTOR = 2.5  # bandwidth of the L2 cache over that of the memory
+CHOICE_FACTOR = 1.05  # a candidate listed earlier is taken unless another is predicted to be this much faster
+SPECIAL_FACTOR = 1.1  # the same for a special kernel against depthwise.cu, which reads more from the caches
 MAX_PARTIAL_BYTES = 64 << 20  # of the partial sums of a gradient
 
 
@@ -186,14 +193,16 @@ class Problem:
 
     def index_bytes(self, walked: int, *others: int) -> int:
         """Of the kernel's Index; a thread takes `walked` outputs, whose last may lie behind the end."""
-        source = target = 0
+        items = max(0, self.batch - 1)
+        inner = [self.source_positions, self.target_positions] if self.first else [1, 1]
+        source = (items * self.source_positions + inner[0]) * self.source_channels
+        target = (items * self.target_positions + inner[1]) * self.target_channels
         for axis, rounded in zip(self.axes, (walked * self.phases, 1, 1), strict=True):
             positions = axis.target + rounded
             reach = positions // axis.stride + 1 if self.transposed else positions * axis.stride
             source += (reach + axis.pad + (axis.taps + CARRIED_TAPS) * axis.dilation) * max(1, axis.source_pitch)
             target += positions * max(1, axis.target_pitch)
-        source += self.source_size + axis.source
-        return index_bytes(source, target + self.target_size, self.weights, *others)
+        return index_bytes(source, target, self.source_size, self.target_size, self.weights, *others)
 
 
 def problem_of(shape: ConvShape, dtype: str, limits: DeviceLimits, transposed: bool = False) -> Problem:
@@ -267,13 +276,11 @@ def plan_depthwise_transpose(
 def _choose(problem: Problem, activation: str, aligned: tuple[int, ...]) -> LaunchPlan:
     found, rejected = [plan_walk(problem, activation, aligned)], []
     try:
-        found.append((plan_rows if problem.first else plan_carry)(problem, activation, aligned))
+        found.insert(0, (plan_rows if problem.first else plan_carry)(problem, activation, aligned))
     except PlanError as error:
         rejected.append(str(error))
-    best = _fastest(found)
-    for other in found:
-        if other is not best:
-            rejected.append(f"{other.kernel}: {_seconds(other) * 1e6:.1f} us predicted")
+    best = _fastest(found, SPECIAL_FACTOR)
+    rejected += [f"{other.kernel}: {_seconds(other) * 1e6:.1f} us predicted" for other in found if other is not best]
     return _checked(dataclasses.replace(best, rejected=(*rejected, *best.rejected)))
 
 
@@ -283,7 +290,7 @@ def plan_carry(problem: Problem, activation: str, aligned: tuple[int, ...]) -> L
     Raises:
         PlanError: it does not compute this problem.
     """
-    walk, element = problem.walk, problem.element
+    walk, element, limits = problem.walk, problem.element, problem.limits
     if problem.first or problem.outer != (NO_AXIS, NO_AXIS):
         raise PlanError("depthwise_carry: only sequences, channels last")
     if walk.taps > CARRIED_TAPS:
@@ -292,7 +299,14 @@ def plan_carry(problem: Problem, activation: str, aligned: tuple[int, ...]) -> L
     vec, x_vec = _widths(problem, aligned)
     taps, inputs = walk.taps, CARRIED_INPUTS[walk.taps]
     words = _words(element)
-    registers = _registers("depthwise_carry", 2 * taps * vec * words, vec * words, inputs * x_vec * element.bytes / 4)
+    registers = _registers(
+        "depthwise_carry",
+        (2 * taps + 1) * vec * words,
+        8 if words == 4 else 0,
+        0 if activation in CHEAP_ACTIVATIONS else 40,
+        min(inputs, 8) * x_vec * element.bytes / 4,
+    )
+    resident = _resident(limits, registers)
     phases, longest = problem.phases, -(-walk.target // problem.phases)
     vectors = problem.target_channels // vec
 
@@ -301,7 +315,9 @@ def plan_carry(problem: Problem, activation: str, aligned: tuple[int, ...]) -> L
         threads = problem.batch * walks * phases * vectors
         again = problem.batch * phases * (walks - 1) * (taps - 1) * problem.source_channels * element.bytes
         loaded = threads * vec * element.bytes * taps + again + problem.least_bytes
-        per_output = vec * (taps * _slots(problem) + 2 * _conversions(element)) + 4
+        # Walk n+1 begins with what walk n ends with: in the L2 cache, if it holds what is read and written in between.
+        between = resident * limits.multiprocessors * THREADS * steps * (vec + x_vec) * element.bytes
+        per_output = vec * (taps * _slots(problem) + _conversions(element) + _finishing(activation, element)) + 4
         integers = (
             threads,
             vectors,
@@ -319,23 +335,27 @@ def plan_carry(problem: Problem, activation: str, aligned: tuple[int, ...]) -> L
         return _launch(
             problem,
             "depthwise_carry",
-            _common(problem, activation, VEC=vec, XV=x_vec, K=taps, TP=inputs),
+            _common(problem, activation, VEC=vec, XV=x_vec, K=taps, TP=inputs, BLOCKS=resident),
             integers,
             threads=threads,
             walked=steps + inputs,
             registers=registers,
             instructions=100 + taps * vec + (steps + taps - 1) * per_output,
             moved=loaded,
-            dram=problem.least_bytes + again,
+            dram=problem.least_bytes + again / (1 if 2 * between > limits.l2_bytes else L2_FACTOR),
             flops=threads * (steps + taps - 1) * taps * vec,
             reason=f"{vec * element.bytes}-byte vectors of channels, walks of {steps} outputs, each input loaded once",
         )
 
-    steps = [n * inputs - (taps - 1) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if n * inputs >= taps]
-    plans = [candidate(n) for n in steps if n < longest] or []
-    whole = -(-(longest + taps - 1) // inputs) * inputs - (taps - 1)
-    if whole <= 64 * inputs:
-        plans.append(candidate(max(1, whole)))
+    turns = (8, 12, 6, 16, 4, 24, 3, 2, 1, 32, 64)  # of the loop; from the length that suits most
+    lengths = [n * inputs - (taps - 1) for n in turns if taps <= n * inputs < longest + taps - 1]
+    # A quarter of the inputs, at most, is read twice, unless that leaves multiprocessors idle.
+    plans = [candidate(steps) for steps in lengths if steps >= 4 * (taps - 1)]
+    whole = -(-(longest + taps - 1) // inputs)
+    if whole <= max(turns):
+        plans.append(candidate(whole * inputs - (taps - 1)))
+    if max(plan.grid[0] for plan in plans) < resident * limits.multiprocessors:
+        plans += [candidate(steps) for steps in lengths if steps < 4 * (taps - 1)]
     return _fastest(plans)
 
 
@@ -361,6 +381,7 @@ def plan_rows(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
         halo = -(-halo // 4) * 4 if halo < 32 else -(-halo // 32) * 32
     chunk, left = (axis.taps, 0) if axis.taps <= CARRIED_TAPS else (CARRIED_TAPS, axis.taps % CARRIED_TAPS)
     x_vec, y_vec = vector(element.bytes, axis.source, aligned[0]), vector(element.bytes, axis.target, aligned[2])
+    before = max(0, phase - first) // x_vec
     rows = problem.batch * problem.channels
     vectors = -(-axis.target // width)
     windows = (reach // width + 2) if axis.dilation == 1 else 2 * axis.taps
@@ -372,7 +393,7 @@ def plan_rows(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
         again = rows * (tiles - 1) * min(reach, axis.source) * element.bytes
         staged = -(-span // lanes) * (width // x_vec)
         per_vector: float = windows * (4 + width * _conversions(element)) + axis.taps * (3 + width * _slots(problem))
-        per_vector += width * _conversions(element) + 2 * (width // y_vec) + 8
+        per_vector += width * _finishing(activation, element) + 2 * (width // y_vec) + 8
         threads = blocks * THREADS
         return _launch(
             problem,
@@ -386,6 +407,7 @@ def plan_rows(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
                 UNIT=int(axis.dilation == 1),
                 DMOD=axis.dilation % width,
                 KC=chunk,
+                MANY=int(axis.taps > chunk),
                 KT=left,
                 TR=lanes,
                 TV=each,
@@ -400,12 +422,13 @@ def plan_rows(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
                 axis.target,
                 first - phase,
                 axis.dilation,
+                before if before < span * (width // x_vec) else 0,
                 axis.taps // chunk,
                 *_taps_of(problem),
             ),
             threads=threads,
             walked=THREADS * 8 * width * lanes,
-            registers=64,
+            registers=48 if axis.taps == chunk else 64,
             shared=(THREADS // lanes) * span * VECTOR_BYTES,
             instructions=40 + 8 * staged + each * problem.multiplier * per_vector,
             moved=problem.least_bytes + again + blocks * axis.taps * element.bytes,
@@ -417,8 +440,8 @@ def plan_rows(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
 
     plans = [
         candidate(lanes, each)
-        for lanes in (1, 2, 4, 8, 16, 32, 64, 128)
-        for each in (1, 2, 4, 8)
+        for lanes in (32, 64, 16, 128, 8, 4, 2, 1)
+        for each in (4, 2, 1, 8)
         if (THREADS // lanes) * (lanes * each + halo) * VECTOR_BYTES <= STATIC_SHARED_BYTES
     ]
     if not plans:
@@ -434,9 +457,10 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
     summed = problem.multiplier if problem.transposed else 1
     # A position of the transpose meets every stride-th tap; what is left over is taken singly.
     met = max(1, walk.taps // (walk.stride // walk.common)) if problem.transposed else walk.taps
-    outer = math.prod(
+    met_outer = [
         max(1, axis.taps // (axis.stride // axis.common)) if problem.transposed else axis.taps for axis in problem.outer
-    )
+    ]
+    outer = math.prod(met_outer)
     widest, x_widest = _widths(problem, aligned)
     rejected: list[str] = []
     plans = []
@@ -445,12 +469,13 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
         if not x_width:
             continue
         loads = _inputs(outputs, chunk, step)
-        registers = _registers(
-            "depthwise", (outputs + chunk) * width * words, 0, min(loads, 16) * x_width * element.bytes / 4
-        )
-        if registers > REGISTERS:
+        # All inputs of a step may be on their way at once, with an address each.
+        in_flight = loads * (x_width * element.bytes / 4 + 2)
+        registers = _registers("depthwise", (outputs + chunk) * width * words, in_flight)
+        if registers > REGISTERS_PER_THREAD - 24:
             rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
             continue
+        resident = 3 if registers <= (REGISTERS if problem.limits.capability < (10, 0) else REGISTERS - 8) else 2
         groups = -(-longest // outputs)
         vectors = problem.target_channels // width
         threads = problem.batch * vectors * problem.phases * groups * math.prod(axis.target for axis in problem.outer)
@@ -461,9 +486,14 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
         accesses = (reads * outer * summed, fetches, outputs)
         instructions: float = 120 + accesses[0] * (3 + x_width * _conversions(element))
         instructions += fetches * (2 + width * _conversions(element)) + products * _slots(problem)
-        instructions += outputs * (3 + width * _conversions(element))
+        instructions += outputs * (3 + width * _finishing(activation, element))
         moved = threads * element.bytes * (accesses[0] * x_width + (fetches + outputs) * width)
-        # Rows that several outputs of another axis read pass through the L2 cache, where they mostly stay.
+        # What several threads read comes from the L2 cache for all but one.
+        together = problem.outer[1].target if problem.first else max(1, THREADS // vectors)
+        rows = min(together, problem.outer[1].target)  # of outputs in a block, whose inputs overlap in L1
+        fresh = _inputs(rows, met_outer[1], 1 if problem.transposed else problem.outer[1].stride) / rows
+        passed = threads * _inputs(outputs, met, step) * met_outer[0] * fresh * summed * x_width * element.bytes
+        again = max(0.0, passed - problem.source_size * element.bytes)
         plans.append(
             _launch(
                 problem,
@@ -478,6 +508,7 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
                     TP=outputs,
                     KC=chunk,
                     SG=step,
+                    BLOCKS=resident,
                 ),
                 (
                     threads,
@@ -490,11 +521,11 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
                 ),
                 threads=threads,
                 walked=outputs,
-                registers=registers,
+                registers=registers if resident == 3 else REGISTERS_PER_THREAD,
                 instructions=instructions,
                 moved=moved,
-                dram=problem.least_bytes,
-                flops=threads * products,
+                dram=problem.least_bytes + again / L2_FACTOR,
+                flops=max(threads * products, problem.products),
                 reason=f"{outputs} outputs of {width} channels a thread, {chunk} taps at a time",
             )
         )
@@ -507,9 +538,9 @@ def _walks(widest: int, x_widest: int, longest: int, taps: int) -> Iterator[tupl
     width = widest
     while width and width >= widest // 2:
         if width * x_widest % widest == 0:
-            for outputs in (1, 2, 4, 8, 16):
+            for outputs in (8, 4, 16, 2, 1):
                 if outputs == 1 or outputs < 2 * longest:
-                    for chunk in range(1, min(CARRIED_TAPS, taps) + 1):
+                    for chunk in range(min(CARRIED_TAPS, taps), 0, -1):
                         yield width, outputs, chunk
         width //= 2
 
@@ -645,8 +676,7 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...]) -> tuple[LaunchPlan, i
                 splits,
             )
         )  # fmt: skip
-    best = min(plans, key=lambda pair: _seconds(pair[0]))
-    return dataclasses.replace(best[0], rejected=tuple(rejected[:4])), best[1]
+    return _fastest_grad(plans, rejected)
 
 
 def plan_grads(problem: Problem, aligned: tuple[int, ...]) -> tuple[LaunchPlan, int]:
@@ -719,8 +749,7 @@ def plan_grads(problem: Problem, aligned: tuple[int, ...]) -> tuple[LaunchPlan, 
         )  # fmt: skip
     if not plans:
         raise PlanError(f"depthwise_grads: {rejected[0]}")
-    best = min(plans, key=lambda pair: _seconds(pair[0]))
-    return dataclasses.replace(best[0], rejected=tuple(rejected[:4])), best[1]
+    return _fastest_grad(plans, rejected)
 
 
 def plan_grad_rows(problem: Problem, aligned: tuple[int, ...], with_input: bool) -> tuple[LaunchPlan, int]:
@@ -829,6 +858,11 @@ def _conversions(element: Element) -> int:
     return int(element.bytes == 2)
 
 
+def _finishing(activation: str, element: Element) -> int:
+    """Instructions of bias, activation and rounding of one output."""
+    return 1 + _conversions(element) + (0 if activation in CHEAP_ACTIVATIONS else 30)
+
+
 def _slots(problem: Problem) -> float:
     """Issue slots of a multiply-add: of fp32 one; of fp64 as many as the device is slower in it."""
     limits, element = problem.limits, problem.element
@@ -929,15 +963,14 @@ def _launch(
     limits, element = problem.limits, problem.element
     blocks = -(-threads // THREADS)
     width = problem.index_bytes(walked, blocks * THREADS, *extents, *integers)
-    resident = min(
-        limits.threads_per_multiprocessor // THREADS,
-        REGISTERS_PER_MULTIPROCESSOR // (-(-registers // 8) * 8 * THREADS),
-        limits.shared_bytes_per_multiprocessor // (shared + 1024) if shared else limits.threads_per_multiprocessor,
-    )
+    resident = _resident(limits, registers, shared)
+    blocks_each = blocks / limits.multiprocessors
+    # Two blocks, each thread with 8 loads of 16 bytes on their way, keep the memory busy; fewer at the end do not.
+    busy = min(resident, 2)
+    memory = dram / limits.bandwidth * max(1 + 0.25 * busy / blocks_each, busy / blocks_each)
     issued = limits.fp32_rate / 2  # instructions of a thread a second: one where a fused multiply-add could be
-    waves = blocks / (limits.multiprocessors * max(1, resident))
-    seconds = max(dram / limits.bandwidth, moved / (limits.fp32_rate / 4), blocks * THREADS * instructions / issued)
-    seconds *= math.ceil(waves) / waves
+    cores = max(moved / (limits.fp32_rate / 4), blocks * THREADS * instructions / issued)
+    seconds = max(memory, cores * math.ceil(blocks_each) / blocks_each)
     least_flops, least_bytes = least or (problem.flops, problem.least_bytes)
     return LaunchPlan(
         kernel=kernel,
@@ -953,12 +986,27 @@ def _launch(
     )
 
 
+def _resident(limits: DeviceLimits, registers: int, shared: int = 0) -> int:
+    """Blocks that a multiprocessor holds."""
+    by_registers = REGISTERS_PER_MULTIPROCESSOR // (-(-registers // 8) * 8 * THREADS)
+    by_shared = limits.shared_bytes_per_multiprocessor // (shared + 1024)  # 1 KiB of each block belongs to the driver
+    return max(1, min(limits.threads_per_multiprocessor // THREADS, by_registers, by_shared))
+
+
 def _seconds(plan: LaunchPlan) -> float:
     return plan.cost.seconds if plan.cost else math.inf
 
 
-def _fastest(plans: list[LaunchPlan]) -> LaunchPlan:
-    return min(plans, key=_seconds)
+def _fastest(plans: list[LaunchPlan], factor: float = CHOICE_FACTOR) -> LaunchPlan:
+    """The first that is predicted to be about as fast as any, so that small problems share the same few kernels."""
+    least = min(map(_seconds, plans))
+    return next(plan for plan in plans if _seconds(plan) <= factor * least)
+
+
+def _fastest_grad(plans: list[tuple[LaunchPlan, int]], rejected: list[str]) -> tuple[LaunchPlan, int]:
+    best = _fastest([plan for plan, _ in plans])
+    splits = next(splits for plan, splits in plans if plan is best)
+    return dataclasses.replace(best, rejected=tuple(rejected[:4])), splits
 
 
 def _checked(plan: LaunchPlan) -> LaunchPlan:
