@@ -25,9 +25,11 @@ from cuconv.cuda.runtime import kernel_directory
 from cuconv.cuda.separable import separable_conv, separable_input_grad, separable_kernel_grad
 from cuconv.geometry import CHANNELS_LAST, depthwise_shape
 from cuconv.plan import depthwise as plans
+from cuconv.plan import depthwise_grad, depthwise_problem
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS, INT32_MAX, MAX_GRID_X, PlanError
 
+WORKSPACE = 64 << 20  # bytes of partial sums
 emulated = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
 ONE = dataclasses.replace(DEVICES["H200"], name="one multiprocessor", multiprocessors=1)
@@ -426,17 +428,17 @@ def large_plans(limits, dtype):
     for taps in (4, 8):
         shape = depthwise_shape((8, 4096, 512), (taps, 512, 1), **last)
         yield plans.plan_depthwise(shape, dtype, "linear", aligned[:3], limits)
-        grads = plans.plan_depthwise_grads(shape, dtype, aligned, limits)
+        grads = depthwise_grad.plan_depthwise_grads(shape, dtype, aligned, WORKSPACE, limits)
         if not isinstance(grads, str):
             yield grads.launch
-        yield plans.plan_depthwise_kernel_grad(shape, dtype, aligned[:4], limits).launch
+        yield depthwise_grad.plan_depthwise_kernel_grad(shape, dtype, aligned[:4], WORKSPACE, limits).launch
         shape = depthwise_shape((8, 512, 4096), (taps, 512, 1), **first)
         yield plans.plan_depthwise(shape, dtype, "linear", aligned[:3], limits)
-        yield plans.plan_depthwise_grads(shape, dtype, aligned, limits).launch
+        yield depthwise_grad.plan_depthwise_grads(shape, dtype, aligned, WORKSPACE, limits).launch
     for sizes, taps in (((32, 2048, 512), (31,)), ((64, 56, 56, 128), (7, 7)), ((64, 56, 56, 128), (3, 3))):
         shape = depthwise_shape(sizes, (*taps, sizes[-1], 1), **last)
         yield plans.plan_depthwise(shape, dtype, "linear", aligned[:3], limits)
-        yield plans.plan_depthwise_kernel_grad(shape, dtype, aligned[:4], limits).launch
+        yield depthwise_grad.plan_depthwise_kernel_grad(shape, dtype, aligned[:4], WORKSPACE, limits).launch
     shape = depthwise_shape((64, 128, 56, 56), (3, 3, 128, 1), **first)
     yield plans.plan_depthwise(shape, dtype, "linear", aligned[:3], limits)
     shape = depthwise_shape((64, 56, 56, 128), (3, 3, 128, 1), strides=2, **last)
@@ -517,8 +519,13 @@ def every_plan(limits):
             for dtype in ("float32", "bfloat16", "complex128"):
                 yield shape, dtype, plans.plan_depthwise(shape, dtype, "linear", (0, 0, 0), limits), "y"
                 yield shape, dtype, plans.plan_depthwise_transpose(shape, dtype, (0, 0, 0), limits), "dx"
-                yield shape, dtype, plans.plan_depthwise_kernel_grad(shape, dtype, (0,) * 4, limits), "dw"
-                grads = plans.plan_depthwise_grads(shape, dtype, (0,) * 6, limits)
+                yield (
+                    shape,
+                    dtype,
+                    depthwise_grad.plan_depthwise_kernel_grad(shape, dtype, (0,) * 4, WORKSPACE, limits),
+                    "dw",
+                )
+                grads = depthwise_grad.plan_depthwise_grads(shape, dtype, (0,) * 6, WORKSPACE, limits)
                 if not isinstance(grads, str):
                     yield shape, dtype, grads, "all"
 
@@ -563,7 +570,7 @@ def test_plans_cover_every_output_within_the_limits_of_a_device(name):
                 units, share = plan.launch.integers[6:8]
             assert (plan.splits - 1) * share < units <= plan.splits * share
             assert plan.splits * plan.weights * ELEMENTS[dtype].sum_bytes <= max(
-                plans.MAX_PARTIAL_BYTES, plan.weights * ELEMENTS[dtype].sum_bytes
+                WORKSPACE, plan.weights * ELEMENTS[dtype].sum_bytes
             )
         wide = max(math.prod(shape.x_shape), math.prod(shape.y_shape)) > INT32_MAX
         assert launches[0].index_bytes == 8 or not wide, plan
@@ -589,7 +596,7 @@ def test_plans_say_why():
     strided = depthwise_shape((8, 512, 2048), (4, 512, 1), padding="same", strides=2, data_format=FIRST)
     plan = plans.plan_depthwise(strided, "float32", "relu", (0, 0, 0), DEVICES["H200"])
     assert any("stride 2, only 1" in reason for reason in plan.rejected)
-    grads = plans.plan_depthwise_grads(strided, "float32", (0,) * 6, DEVICES["H200"])
+    grads = depthwise_grad.plan_depthwise_grads(strided, "float32", (0,) * 6, WORKSPACE, DEVICES["H200"])
     assert isinstance(grads, str) and "stride 2" in grads
 
 
@@ -613,7 +620,7 @@ def test_the_taps_of_the_transpose_are_those_that_reach_a_position(stride, dilat
     """line_of of depthwise.cuh, in the same words, against a search."""
     taps, pad, sizes = 5, 4, 30
     shape = depthwise_shape((1, sizes, 1), (taps, 1, 1), strides=stride, dilation_rate=dilation, padding=((pad, 30),))
-    axis = plans.problem_of(shape, "float32", DEVICES["H200"], transposed=True).walk
+    axis = depthwise_problem.problem_of(shape, "float32", DEVICES["H200"], transposed=True).walk
     every = axis.stride // axis.common
     for u in range(sizes):
         reach = u + axis.pad
@@ -628,9 +635,9 @@ def test_a_kernel_that_does_not_compute_a_problem_says_so():
     limits = DEVICES["H200"]
     shape = depthwise_shape((1, 20, 4), (4, 4, 1), strides=2)
     with pytest.raises(PlanError, match="stride 2 does not divide dilation 1"):
-        plans.plan_carry(plans.problem_of(shape, "float32", limits), "linear", (0, 0, 0))
+        plans.plan_carry(depthwise_problem.problem_of(shape, "float32", limits), "linear", (0, 0, 0))
     with pytest.raises(PlanError, match="channels first"):
-        plans.plan_rows(plans.problem_of(shape, "float32", limits), "linear", (0, 0, 0))
+        plans.plan_rows(depthwise_problem.problem_of(shape, "float32", limits), "linear", (0, 0, 0))
 
 
 # --- Wide indices ------------------------------------------------------------------------------------------------
@@ -694,7 +701,7 @@ def test_every_pass_in_every_dtype(case):
 @pytest.mark.parametrize("case, kernels", CASES, ids=lambda value: str(value) if isinstance(value, Case) else "")
 def test_wide_indices_give_the_same_bits(monkeypatch, case, kernels):
     narrow = {which: getattr(case, which)(trace()) for which in kernels}
-    monkeypatch.setattr(plans, "index_bytes", lambda *_: 8)
+    monkeypatch.setattr(depthwise_problem, "index_bytes", lambda *_: 8)
     forget_plans()
     try:
         for which, expected in narrow.items():
@@ -711,8 +718,8 @@ def forget_plans():
     for plan in (
         plans.plan_depthwise,
         plans.plan_depthwise_transpose,
-        plans.plan_depthwise_kernel_grad,
-        plans.plan_depthwise_grads,
+        depthwise_grad.plan_depthwise_kernel_grad,
+        depthwise_grad.plan_depthwise_grads,
     ):
         plan.cache_clear()
 
@@ -857,7 +864,7 @@ def test_a_planted_bug_is_caught(name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("data_format", ["channels_last", FIRST])
 def test_narrow_indices_on_a_large_array_are_caught(monkeypatch, data_format):
-    monkeypatch.setattr(plans, "index_bytes", lambda *_: 4)
+    monkeypatch.setattr(depthwise_problem, "index_bytes", lambda *_: 4)
     forget_plans()
     try:
         with pytest.raises((AssertionError, emulator.EmulationError)):

@@ -20,7 +20,8 @@ from cuconv.geometry import conv_shape, depthwise_shape
 from cuconv.plan.bias_grad import plan_bias_grad
 from cuconv.plan.conv import plan_conv, plan_kernel_grad
 from cuconv.plan.conv_lstm import plan_gates, plan_gates_grad
-from cuconv.plan.depthwise import plan_carry, plan_depthwise, problem_of
+from cuconv.plan.depthwise import plan_carry, plan_depthwise
+from cuconv.plan.depthwise_problem import problem_of
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.reduce import plan_reduce
 from cuconv.plan.transpose import plan_transpose

@@ -9,13 +9,8 @@ from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, w
 from cuconv.cuda.bias_grad import bias_grad
 from cuconv.cuda.conv import name_of
 from cuconv.geometry import ConvShape
-from cuconv.plan.depthwise import (
-    GradPlan,
-    plan_depthwise,
-    plan_depthwise_grads,
-    plan_depthwise_kernel_grad,
-    plan_depthwise_transpose,
-)
+from cuconv.plan.depthwise import plan_depthwise, plan_depthwise_transpose
+from cuconv.plan.depthwise_grad import GradPlan, plan_depthwise_grads, plan_depthwise_kernel_grad
 from cuconv.plan.types import ELEMENTS
 
 
@@ -61,10 +56,9 @@ def depthwise_transpose(runtime: Runtime, shape: ConvShape, y: Array, w: Array, 
 def depthwise_kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
     """Write the gradient of the kernel to `out`; as :func:`cuconv.reference.depthwise.depthwise_kernel_grad`.
 
-    The same bits on every call: how positions are split depends on the shape and the device only. The partial sums are
-    allocated on top of `workspace`, at most 64 MiB.
+    The same bits on every call: how positions are split depends on the shape, the device and `workspace` only.
     """
-    _kernel_and_bias_grad(runtime, shape, x, dy, out, None)
+    _kernel_and_bias_grad(runtime, shape, x, dy, out, None, workspace)
 
 
 def depthwise_grads(
@@ -90,7 +84,7 @@ def depthwise_grads(
         if dx is not None:
             depthwise_transpose(runtime, shape, dy, w, dx, workspace)
         if dw is not None:
-            _kernel_and_bias_grad(runtime, shape, x, dy, dw, db)
+            _kernel_and_bias_grad(runtime, shape, x, dy, dw, db, workspace)
         elif db is not None:
             bias_grad(runtime, dy, shape.data_format, db, workspace)
         return
@@ -98,15 +92,17 @@ def depthwise_grads(
     with ExitStack() as stack:
         targets = [None if out is None else stack.enter_context(writing(runtime, out)) for out in (dx, dw, db)]
         aligned = alignment(runtime, x, w, dy, *targets)
-        plan = plan_depthwise_grads(shape, dtype_name(dw.dtype), aligned, runtime.limits)
+        plan = plan_depthwise_grads(shape, dtype_name(dw.dtype), aligned, workspace, runtime.limits)
         if isinstance(plan, GradPlan):
             _launch(runtime, plan, (x, w, dy, targets[0]), targets[1], targets[2])
         else:
             depthwise_transpose(runtime, shape, dy, w, targets[0], workspace)
-            _kernel_and_bias_grad(runtime, shape, x, dy, targets[1], targets[2])
+            _kernel_and_bias_grad(runtime, shape, x, dy, targets[1], targets[2], workspace)
 
 
-def _kernel_and_bias_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, dw: Array, db: Array | None) -> None:
+def _kernel_and_bias_grad(
+    runtime: Runtime, shape: ConvShape, x: Array, dy: Array, dw: Array, db: Array | None, workspace: int
+) -> None:
     if dy.size == 0 or x.size == 0:
         for out in (dw, db):
             if out is not None:
@@ -116,7 +112,7 @@ def _kernel_and_bias_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Arra
     with ExitStack() as stack:
         targets = [None if out is None else stack.enter_context(writing(runtime, out)) for out in (dw, db)]
         aligned = alignment(runtime, x, dy, *targets)
-        plan = plan_depthwise_kernel_grad(shape, dtype_name(dw.dtype), aligned, runtime.limits)
+        plan = plan_depthwise_kernel_grad(shape, dtype_name(dw.dtype), aligned, workspace, runtime.limits)
         arrays = (x, None, dy, None) if plan.launch.kernel == "depthwise_grad_rows" else (x, dy)
         _launch(runtime, plan, arrays, *targets)
 

@@ -1,0 +1,375 @@
+"""Plans of the gradients of depthwise convolutions.
+
+Which kernel, from the shape alone:
+
+* ``depthwise_grads``, ``depthwise_grad_rows`` -- all gradients of a sequence of stride 1 in one pass.
+* ``depthwise_grad`` -- every other kernel gradient.
+
+Positions are split over blocks, by the shape and the device alone; ``reduce_splits`` adds up what they have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+from cuconv.geometry import ConvShape
+from cuconv.plan.depthwise_problem import (
+    BLOCKS_PER_MULTIPROCESSOR,
+    CARRIED_TAPS,
+    NO_AXIS,
+    REGISTERS,
+    THREADS,
+    Problem,
+    checked,
+    constants_of,
+    conversions_of,
+    fastest,
+    fields_of,
+    inputs_of,
+    launch_of,
+    pitches_of,
+    problem_of,
+    registers_of,
+    slots_of,
+    walks,
+    widths_of,
+    words_of,
+)
+from cuconv.plan.reduce import plan_reduce
+from cuconv.plan.types import (
+    VECTOR_BYTES,
+    WARP,
+    DeviceLimits,
+    LaunchPlan,
+    PlanError,
+    vector,
+)
+
+
+@dataclass(frozen=True)
+class GradPlan:
+    """A gradient that is split over positions: the launch, and the reductions of its partial sums.
+
+    Attributes:
+        launch: for the arrays (x, dy, partial, bias_partial), or (x, w, dy, dx, partial, bias_partial) if `fused`.
+        splits: parts of the positions; partial is [splits, weights], bias_partial [splits, filters].
+        fused: whether the launch gives the gradient of the input too.
+    """
+
+    launch: LaunchPlan
+    splits: int
+    weights: int
+    filters: int
+    fused: bool
+    reduce: LaunchPlan
+    reduce_bias: LaunchPlan
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_depthwise_kernel_grad(
+    shape: ConvShape, dtype: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+) -> GradPlan:
+    """The plan of a kernel gradient and of the bias gradient with it.
+
+    Args:
+        aligned: elements by which x, dy, dw and db lie behind a 16-byte boundary.
+        workspace: bytes that partial sums may take; one copy of dw and db they always have.
+    """
+    problem = problem_of(shape, dtype, limits)
+    try:
+        launch, splits = plan_grad_rows(problem, (aligned[0], aligned[1], 0), workspace, with_input=False)
+    except PlanError as error:
+        launch, splits = plan_grad(problem, aligned[:2], workspace)
+        launch = dataclasses.replace(launch, rejected=(str(error), *launch.rejected))
+    return _grad_plan(problem, launch, splits, aligned[2:], fused=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_depthwise_grads(
+    shape: ConvShape, dtype: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+) -> GradPlan | str:
+    """The plan of all gradients in one pass, or the reason why there is none.
+
+    Args:
+        aligned: elements by which x, w, dy, dx, dw and db lie behind a 16-byte boundary.
+        workspace: as for :func:`plan_depthwise_kernel_grad`.
+    """
+    problem = problem_of(shape, dtype, limits)
+    x, w, dy, dx, *results = aligned
+    try:
+        if problem.first:
+            launch, splits = plan_grad_rows(problem, (x, dy, dx), workspace, with_input=True)
+        else:
+            launch, splits = plan_grads(problem, (x, w, dy, dx), workspace)
+    except PlanError as error:
+        return str(error)
+    return _grad_plan(problem, launch, splits, tuple(results), fused=True)
+
+
+def _grad_plan(problem: Problem, launch: LaunchPlan, splits: int, aligned: tuple[int, ...], fused: bool) -> GradPlan:
+    name, limits = problem.element.dtype, problem.limits
+    reduce = plan_reduce(name, splits, problem.weights, aligned[0], limits)
+    reduce_bias = plan_reduce(name, splits, problem.filters, aligned[1], limits)
+    return GradPlan(checked(launch), splits, problem.weights, problem.filters, fused, reduce, reduce_bias)
+
+
+def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:
+    """The launch of kernels/depthwise_grad.cu, which computes every kernel gradient, and its splits."""
+    walk, element = problem.walk, problem.element
+    step, words, longest = problem.step, words_of(element), -(-walk.target // problem.phases)
+    widest, x_widest = widths_of(problem, (aligned[0], 0, aligned[1]))
+    rejected: list[str] = []
+    plans = []
+    for width, outputs, chunk in walks(widest, x_widest, longest, walk.taps):
+        x_width = width * x_widest // widest
+        if not x_width:
+            continue
+        loads = inputs_of(outputs, chunk, step)
+        registers = registers_of(
+            "depthwise_grad",
+            (outputs + chunk + 1) * width * words,
+            0,
+            (min(loads, 12) * x_width + outputs * width / 2) * element.bytes / 4,
+        )
+        if registers > REGISTERS:
+            rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
+            continue
+        vectors = problem.filters // width
+        lanes = 1 if problem.first else min(WARP, 1 << (vectors - 1).bit_length())
+        tiles, chunks = -(-vectors // lanes), -(-walk.taps // chunk)
+        taps = math.prod(axis.taps for axis in problem.outer)
+        groups = -(-longest // outputs)
+        units = problem.batch * problem.phases * groups * math.prod(axis.target for axis in problem.outer)
+        splits, share = _splits(problem, tiles * chunks * taps, units, THREADS // lanes, workspace)
+        blocks = splits * tiles * chunks * taps
+        turns = -(-share // (THREADS // lanes))
+        instructions = (
+            150
+            + (chunk + 1) * 40
+            + turns
+            * (
+                100
+                + loads * (4 + x_width * conversions_of(element))
+                + outputs * (3 + width * conversions_of(element))
+                + outputs * chunk * width * slots_of(problem)
+            )
+        )
+        moved = blocks * share * lanes * element.bytes * (loads * x_width + outputs * width)
+        integers = (
+            vectors,
+            tiles,
+            problem.multiplier,
+            problem.filters,
+            problem.weights,
+            chunks,
+            units,
+            share,
+            problem.phases,
+            groups,
+            *pitches_of(problem),
+            *fields_of(problem.axes),
+        )
+        plans.append(
+            (
+                launch_of(
+                    problem,
+                    "depthwise_grad",
+                    constants_of(
+                        problem, None, CHANNELS_FIRST=int(problem.first), VEC=width, XV=x_width, TX=lanes, TP=outputs,
+                        KC=chunk, SG=step,
+                    ),
+                    integers,
+                    threads=blocks * THREADS,
+                    walked=outputs,
+                    registers=registers,
+                    shared=THREADS * width * element.sum_bytes,
+                    instructions=instructions,
+                    moved=moved,
+                    # Blocks for other taps read the same again, from the L2 cache if they run together.
+                    dram=problem.least_bytes * (1 + (chunks * taps - 1) // 4) + 2 * splits * problem.weights * 4,
+                    flops=blocks * share * lanes * outputs * chunk * width,
+                    reason=f"{splits} parts of {share} units of {outputs} outputs of {width} channels, "
+                    f"{chunk} taps at a time",
+                    extents=(splits * problem.weights, units + share),
+                ),
+                splits,
+            )
+        )  # fmt: skip
+    return _fastest_grad(plans, rejected)
+
+
+def plan_grads(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:
+    """The launch of kernels/depthwise_grads.cu and its splits.
+
+    Raises:
+        PlanError: it does not compute this problem.
+    """
+    walk, element = problem.walk, problem.element
+    if problem.first or problem.outer != (NO_AXIS, NO_AXIS):
+        raise PlanError("depthwise_grads: only sequences, channels last")
+    if walk.stride != 1 or problem.multiplier != 1:
+        raise PlanError("depthwise_grads: only stride 1 without a multiplier")
+    if walk.taps > CARRIED_TAPS:
+        raise PlanError(f"depthwise_grads: {walk.taps} taps, at most {CARRIED_TAPS} have their sums in registers")
+    taps, words = walk.taps, words_of(element)
+    widest = vector(element.bytes, problem.channels, *aligned)
+    longest = -(-max(walk.source + walk.pad, walk.target) // walk.dilation)
+    rejected: list[str] = []
+    plans = []
+    for width, outputs, _ in walks(widest, widest, longest, 1):
+        inputs = outputs + taps - 1
+        registers = registers_of(
+            "depthwise_grads", (2 * taps + inputs + 1) * width * words, 0, inputs * width * element.bytes / 4
+        )
+        if registers > REGISTERS:
+            rejected.append(f"{outputs} positions of {width} channels: about {registers} registers")
+            continue
+        vectors = problem.channels // width
+        lanes = min(WARP, 1 << (vectors - 1).bit_length())
+        tiles, groups = -(-vectors // lanes), -(-longest // outputs)
+        units = problem.batch * walk.dilation * groups
+        splits, share = _splits(problem, tiles, units, THREADS // lanes, workspace)
+        blocks, turns = splits * tiles, -(-share // (THREADS // lanes))
+        instructions = (
+            150
+            + (taps + 1) * 40
+            + turns
+            * (
+                80
+                + inputs * (4 + 2 * width * conversions_of(element))
+                + outputs * (2 + width * (1 + conversions_of(element) + 2 * taps * slots_of(problem)))
+            )
+        )
+        data = 2 * problem.source_size + problem.target_size
+        plans.append(
+            (
+                launch_of(
+                    problem,
+                    "depthwise_grads",
+                    constants_of(problem, None, VEC=width, TX=lanes, TP=outputs, K=taps),
+                    (
+                        vectors, tiles, problem.channels, walk.source, walk.target, walk.dilation, walk.pad,
+                        groups, units, share,
+                    ),
+                    threads=blocks * THREADS,
+                    walked=outputs + taps,
+                    registers=registers,
+                    shared=THREADS * width * element.sum_bytes,
+                    instructions=instructions,
+                    moved=blocks * share * lanes * element.bytes * width * (2 * inputs + outputs),
+                    dram=data * element.bytes + 2 * splits * problem.weights * element.sum_bytes,
+                    flops=blocks * share * lanes * outputs * 2 * taps * width,
+                    least=(2 * problem.flops, data * element.bytes),
+                    reason=f"{splits} parts of {share} units of {outputs} positions of {width} channels",
+                    extents=(splits * problem.weights, units + share),
+                ),
+                splits,
+            )
+        )  # fmt: skip
+    if not plans:
+        raise PlanError(f"depthwise_grads: {rejected[0]}")
+    return _fastest_grad(plans, rejected)
+
+
+def plan_grad_rows(
+    problem: Problem, aligned: tuple[int, ...], workspace: int, with_input: bool
+) -> tuple[LaunchPlan, int]:
+    """The launch of kernels/depthwise_grad_rows.cu and its splits.
+
+    Args:
+        aligned: elements by which x, dy and dx lie behind a 16-byte boundary.
+        with_input: compute the gradient of the input too.
+
+    Raises:
+        PlanError: it does not compute this problem.
+    """
+    axis, element = problem.outer[1], problem.element
+    if not problem.first or problem.walk != NO_AXIS or problem.outer[0] != NO_AXIS:
+        raise PlanError("depthwise_grad_rows: only sequences, channels first")
+    if axis.stride != 1:
+        raise PlanError(f"depthwise_grad_rows: stride {axis.stride}, only 1")
+    if with_input and (axis.taps > CARRIED_TAPS or problem.multiplier > 1):
+        raise PlanError(f"depthwise_grad_rows: only {CARRIED_TAPS} taps without a multiplier together with the input")
+    width = VECTOR_BYTES // element.bytes
+    chunk = min(axis.taps, CARRIED_TAPS)
+    chunks = -(-axis.taps // chunk)
+    x_first, y_first = -axis.pad, axis.pad - (axis.taps - 1) * axis.dilation
+    x_vec = vector(element.bytes, axis.source, aligned[0], aligned[2])
+    y_vec = vector(element.bytes, axis.target, aligned[1])
+    longest = max(axis.source, axis.target) if with_input else axis.target
+    row_vectors = -(-longest // width)
+    units = problem.batch * row_vectors
+    splits, share = _splits(problem, problem.filters * chunks, units, THREADS, workspace)
+    blocks = splits * problem.filters * chunks
+    windows = (chunk + width - 2) // width + 2 if axis.dilation == 1 else 2 * chunk
+    passes = 2 if with_input else 1
+    per_unit: float = 60 + (windows * passes + 1) * (
+        4 + width * (conversions_of(element) + VECTOR_BYTES // element.bytes // x_vec)
+    )
+    per_unit += passes * chunk * width * slots_of(problem) + 2 * width
+    turns = -(-share // THREADS)
+    data = passes * problem.source_size + problem.target_size
+    launch = launch_of(
+        problem,
+        "depthwise_grad_rows",
+        constants_of(
+            problem,
+            None,
+            XV=x_vec,
+            YV=y_vec,
+            KC=chunk,
+            UNIT=int(axis.dilation == 1),
+            DMOD=axis.dilation % width,
+            X_PHASE=x_first % width,
+            Y_PHASE=y_first % width if with_input else 0,
+            WHOLE_ROWS=int(axis.target % width == 0),
+            WITH_INPUT=int(with_input),
+        ),
+        (
+            problem.filters,
+            problem.multiplier,
+            axis.taps,
+            chunks,
+            axis.source,
+            axis.target,
+            axis.dilation,
+            x_first - x_first % width,
+            y_first - y_first % width,
+            row_vectors,
+            units,
+            share,
+        ),
+        threads=blocks * THREADS,
+        walked=2 * width,
+        registers=96,
+        shared=THREADS * element.sum_bytes,
+        instructions=200 + chunk * 60 + turns * per_unit,
+        moved=blocks * share * VECTOR_BYTES * (windows * passes + 1),
+        dram=(passes * problem.source_size + problem.target_size) * element.bytes * chunks,
+        flops=blocks * share * passes * chunk * width,
+        least=(passes * problem.flops, data * element.bytes),
+        reason=f"{splits} parts of {share} vectors of a channel, {x_vec * element.bytes}-byte accesses",
+        extents=(splits * problem.weights, units + share),
+    )
+    return launch, splits
+
+
+def _splits(problem: Problem, tiles: int, units: int, workers: int, workspace: int) -> tuple[int, int]:
+    """Parts of the units, and the units of a part, from the shape, the device and the workspace alone.
+
+    Enough blocks for two waves, at least 4 units for each of a block's workers.
+    """
+    blocks = 2 * BLOCKS_PER_MULTIPROCESSOR * problem.limits.multiprocessors
+    room = workspace // ((problem.weights + problem.filters) * problem.element.sum_bytes)
+    splits = max(1, min(blocks // tiles, units // (4 * workers), room))
+    share = -(-units // splits)
+    return -(-units // share), share
+
+
+def _fastest_grad(plans: list[tuple[LaunchPlan, int]], rejected: list[str]) -> tuple[LaunchPlan, int]:
+    best = fastest([plan for plan, _ in plans])
+    splits = next(splits for plan, splits in plans if plan is best)
+    return dataclasses.replace(best, rejected=tuple(rejected[:4])), splits
