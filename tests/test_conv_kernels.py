@@ -165,14 +165,21 @@ def test_large_and_small_tiles(tile):
     run_tile("float32", tile, 1, "channels_last")
 
 
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("rank, data_format", [(2, "channels_last"), (3, "channels_first")])
 def test_every_rank(rank, data_format):
     run_tile("float32", (32, 32, 4, 4), rank, data_format)
 
 
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize(
+    "dtype, data_format",
+    [
+        ("float16", "channels_last"),
+        ("bfloat16", "channels_first"),
+        ("float64", "channels_last"),
+        ("complex64", "channels_first"),
+        ("complex128", "channels_last"),
+    ],
+)
 def test_every_dtype(dtype, data_format):
     run_tile(dtype, simt.TILES[ELEMENTS[dtype].sum_bytes][-1], 1, data_format)
 
@@ -199,7 +206,7 @@ def test_every_tile_on_a_gpu(dtype, tile, rank, data_format):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64"])
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_dtype_at_every_rank(dtype, rank, data_format):
     run_tile(dtype, simt.TILES[ELEMENTS[dtype].sum_bytes][-1], rank, data_format)
 
