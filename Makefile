@@ -21,10 +21,10 @@ demo: $(VENV)/.has-base  ## watch a Conv1D network learn from a smartwatch's sen
 	@$(ONE_THREAD) $(BIN)/cuconv demo
 
 test: $(VENV)/.has-test  ## run the tests that need no GPU and no Keras
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not keras and not gpu and not exhaustive" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "not keras and not gpu and not exhaustive" $(ARGS)
 
 test-exhaustive: $(VENV)/.has-test  ## run every kernel, tile and edge on the processor, 25 minutes at most
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "exhaustive and not gpu" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "exhaustive and not gpu" $(ARGS)
 
 test-gpu:  ## run the kernels on the GPU at hand; needs CuPy and pytest in PYTHON
 	$(PYTHON) -m pytest -m gpu $(ARGS)
@@ -39,7 +39,7 @@ lint: $(VENV)/.has-dev  ## ruff and mypy
 
 test-keras: $(VENV)/.has-keras-test  ## compare every layer with a live Keras 3 on torch
 	KERAS_BACKEND=torch $(BIN)/python -c "import keras, torch; print('Keras', keras.__version__, 'on torch', torch.__version__)"
-	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest -n auto -m keras $(ARGS)
+	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m keras $(ARGS)
 
 bench-cpu: $(VENV)/.has-bench  ## time the NumPy path against torch and onnxruntime, one thread
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.cpu $(ARGS)

@@ -16,6 +16,12 @@ __device__ __forceinline__ constexpr int ceil_div(int a, int b) { return (a + b 
 __device__ __forceinline__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ constexpr int larger(int a, int b) { return a < b ? b : a; }
 
+// 0 <= at < size, in one comparison.
+__device__ __forceinline__ bool within(int at, int size) { return unsigned(at) < unsigned(size); }
+__device__ __forceinline__ bool within(long long at, long long size) {
+  return (unsigned long long)at < (unsigned long long)size;
+}
+
 template <bool CONDITION, class Then, class Else>
 struct choose {
   using type = Then;

@@ -56,12 +56,6 @@ __device__ __forceinline__ Line line_of(const Axis& a, Index at) {
   }
 }
 
-// 0 <= at < size, in one comparison.
-__device__ __forceinline__ bool within(int at, int size) { return unsigned(at) < unsigned(size); }
-__device__ __forceinline__ bool within(long long at, long long size) {
-  return (unsigned long long)at < (unsigned long long)size;
-}
-
 // The remainder by `size`; what is left of n is the quotient.
 __device__ __forceinline__ Index take(Index& n, Index size) {
   const Index quotient = n / size, rest = n - quotient * size;

@@ -77,12 +77,6 @@ __device__ __forceinline__ void widen_into(S* to, const Vector<E, N>& from) {
 // A coordinate so far below zero that no reach of a window brings it back.
 constexpr Index NOWHERE = -(Index(1) << (8 * sizeof(Index) - 2));
 
-// 0 <= at < size, in one comparison.
-__device__ __forceinline__ bool within(int at, int size) { return unsigned(at) < unsigned(size); }
-__device__ __forceinline__ bool within(long long at, long long size) {
-  return (unsigned long long)at < (unsigned long long)size;
-}
-
 __device__ __forceinline__ Index linear(const Index (&at)[RANK], const Index (&size)[RANK]) {
   Index index = at[0];
 #pragma unroll

@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import emulator
 import ml_dtypes
@@ -78,37 +79,71 @@ def problem(name: str) -> tuple[np.ndarray, np.ndarray]:
         return x, WRAPPERS[name].define(x)
 
 
-def source(name: str) -> tuple[str, tuple[str, ...]]:
+def source(name: str, folder: Path | None = None) -> tuple[str, tuple[str, ...]]:
+    """The kernel that applies a wrapper of the ptx.cuh in `folder`, and the compiler's options."""
     wrapper = WRAPPERS[name]
     text = APPLY.format(name=name, source=wrapper.source, target=wrapper.target)
-    return text, (f"--include-path={kernel_directory()}",)
+    return text, (f"--include-path={folder or kernel_directory()}",)
 
 
 def assert_same(x: np.ndarray, got: np.ndarray, expected: np.ndarray) -> None:
     """Equal bits, zeros by their sign too; any NaN for a NaN."""
     bits = BITS[expected.itemsize]
     numbers = ~np.isnan(expected)
-    wrong = np.where(numbers, got.view(bits) != expected.view(bits), ~np.isnan(got.view(expected.dtype)))
+    with np.errstate(invalid="ignore"):  # bfloat16's isnan warns of signalling NaNs
+        lost = ~np.isnan(got.view(expected.dtype))
+    wrong = np.where(numbers, got.view(bits) != expected.view(bits), lost)
     if wrong.any():
         first = int(np.argmax(wrong))
         given, came, should = (int(each.view(BITS[each.itemsize])[first]) for each in (x, got, expected))
         raise AssertionError(
-            f"{np.count_nonzero(wrong)} of {wrong.size} are wrong, first {x[first]!r}, bits {given:#x}: "
+            f"{np.count_nonzero(wrong)} of {wrong.size} are wrong, first of bits {given:#x}: "
             f"{came:#x} instead of {should:#x}"
         )
 
 
-@pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_in_the_emulator(name, arch):
+def run(name: str, arch: str, folder: Path | None = None) -> None:
     x, expected = problem(name)
-    text, options = source(name)
+    text, options = source(name, folder)
     y = np.zeros(x.size, BITS[expected.itemsize])
     grid = (-(-x.size // THREADS),)
     module = emulator.Module(emulator.compile_ptx(text, arch, options=options))
     module.launch("apply", grid, (THREADS,), (x, y, np.int32(x.size)))
     assert_same(x, y, expected)
+
+
+in_the_emulator = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+
+
+@in_the_emulator
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_in_the_emulator(name, arch):
+    run(name, arch)
+
+
+# A mistake in each wrapper, and where it shows.
+MISTAKES = {
+    "a wrong operand": ("float_from_half", "sm_80", '"=f"(f) : "h"(h)', '"=f"(f) : "h"((unsigned short)(h ^ 1))'),
+    "half towards zero": ("half_from_float", "sm_80", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
+    "bfloat towards zero": ("bfloat_from_float", "sm_80", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
+    "ties upwards": ("bfloat_from_float", "sm_75", "0x7fff + (bits >> 16 & 1)", "0x8000"),
+    "no NaN": ("bfloat_from_float", "sm_75", "if (f != f) return 0x7fff;", ""),
+}
+
+
+@in_the_emulator
+@pytest.mark.parametrize("name, arch, right, wrong", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_caught(name, arch, right, wrong, tmp_path):
+    text = (kernel_directory() / "ptx.cuh").read_text()
+    assert text.count(right) == 1
+    (tmp_path / "ptx.cuh").write_text(text.replace(right, wrong))
+    with pytest.raises(AssertionError, match="are wrong"):
+        run(name, arch, tmp_path)
+
+
+def test_every_wrapper_has_a_mistake():
+    assert {name for name, *_ in MISTAKES.values()} == set(WRAPPERS)
 
 
 @pytest.mark.gpu

@@ -15,11 +15,11 @@ import functools
 import math
 
 from cuconv.geometry import ConvShape
+from cuconv.plan.cost import L2_FACTOR
 from cuconv.plan.depthwise_problem import (
     CARRIED_INPUTS,
     CARRIED_TAPS,
     CHEAP_ACTIVATIONS,
-    L2_FACTOR,
     NO_AXIS,
     REGISTERS,
     SPECIAL_FACTOR,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
+from cuconv.plan.cost import LAUNCH_SECONDS
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
@@ -40,8 +41,6 @@ BLOCKS_PER_MULTIPROCESSOR = 3  # that the gradients are compiled for
 REGISTERS = 168  # that ptxas may then give a thread; from sm_100 on it spills a few when it needs them all
 # Registers beside sums, weights and loads. ptxas reports at most this many over all variants and architectures.
 REGISTERS_OF_INDICES = {"depthwise_carry": 24, "depthwise": 20, "depthwise_grad": 56, "depthwise_grads": 56}
-LAUNCH_SECONDS = 3e-6
-L2_FACTOR = 2.5  # bandwidth of the L2 cache over that of the memory
 CHOICE_FACTOR = 1.05  # a candidate listed earlier is taken unless another is predicted to be this much faster
 SPECIAL_FACTOR = 1.1  # the same for a special kernel against depthwise.cu, which reads more from the caches
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from cuconv.plan.cost import LAUNCH_SECONDS
 from cuconv.plan.types import ELEMENTS, VECTOR_BYTES, Cost, DeviceLimits, LaunchPlan, index_bytes, vector
 
 THREADS = 256
@@ -37,5 +38,5 @@ def plan_reduce(dtype: str, splits: int, count: int, aligned: int, limits: Devic
         index_bytes=indices,
         registers=32,
         reason=f"{splits} parts of {count} sums in ascending order, {width} an access",
-        cost=Cost(additions, additions, bytes_, bytes_, bytes_ / limits.bandwidth + 3e-6),
+        cost=Cost(additions, additions, bytes_, bytes_, bytes_ / limits.bandwidth + LAUNCH_SECONDS),
     )

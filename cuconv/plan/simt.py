@@ -10,9 +10,9 @@ The model. A launch takes as long as its busiest multiprocessor, or as the memor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
 from cuconv.plan.types import (
     INT32_MAX,
     REGISTERS_PER_MULTIPROCESSOR,
@@ -28,8 +28,6 @@ from cuconv.plan.types import (
 
 BK = 8  # values of k in a step: 8 threads read 32 neighbouring bytes of fp32
 LATENCY_WARPS = 8  # of a multiprocessor, two a quarter; each has TM * TN independent sums, so more change little
-L2_FACTOR = 2.5  # bandwidth of the L2 cache over that of the memory
-LAUNCH_SECONDS = 3e-6
 MAX_LOADS = 12  # accesses a thread has in flight a step, of both operands; more cost registers that the sums need
 CHOICE_FACTOR = 1.02  # a tile listed earlier is taken unless another one is predicted to be this much faster
 
@@ -253,15 +251,3 @@ def _cost(
     stored = operands.least_bytes + (partial if product.splits > 1 else 0)
     memory = max(stored / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     return Cost(done, least, moved, operands.least_bytes, max(compute, memory) + LAUNCH_SECONDS)
-
-
-def total(costs: Iterable[Cost | None]) -> Cost:
-    """The cost of launches one after the other."""
-    known = [cost for cost in costs if cost is not None]
-    return Cost(
-        sum(cost.flops for cost in known),
-        sum(cost.least_flops for cost in known),
-        sum(cost.bytes for cost in known),
-        sum(cost.least_bytes for cost in known),
-        sum(cost.seconds for cost in known),
-    )

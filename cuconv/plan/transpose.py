@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from cuconv.geometry import ConvShape
 from cuconv.plan.conv import Form, plan_form
-from cuconv.plan.simt import LAUNCH_SECONDS, total
+from cuconv.plan.cost import LAUNCH_SECONDS, total
 from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes
 
 TILE, ROWS = 32, 8  # of pack_weights.cu

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from cuconv.plan.cost import LAUNCH_SECONDS
 from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, Element, LaunchPlan, index_bytes, vector
 
 THREADS = 128  # of a block; as in both kernels
@@ -22,7 +23,6 @@ LONG_WALK = 4  # windows of axis 0; the rows read to fill the first one are then
 REGISTER_WORDS = 80  # of a thread in windows, weights and vectors, beside about 50 for places and addresses
 CHANNEL_RUN = 128  # bytes of neighbouring channels, from which on a warp needs no second axis to access whole lines
 CACHE_RATE = 5  # bytes from a multiprocessor's own cache, 128 a cycle, for each byte from memory; 4 to 8 on all devices
-LAUNCH = 3e-6  # seconds between two launches that wait for each other
 
 Axis = tuple[int, int, int]  # inputs, factor, taps
 
@@ -166,7 +166,7 @@ def _best(
 
 def _seconds(stages: Sequence[Stage]) -> float:
     """Predicted for all launches of a candidate."""
-    return sum(stage.plan.cost.seconds + LAUNCH for stage in stages if stage.plan.cost)
+    return sum(stage.plan.cost.seconds + LAUNCH_SECONDS for stage in stages if stage.plan.cost)
 
 
 def _cuts(axes: Sequence[tuple[int, int]]) -> list[list[range]]:
