@@ -18,7 +18,9 @@
 //   Every split sums its positions in their order and has its own place in `sums`; reduce_splits.cu adds them up in
 //   theirs. No atomics: the same bits on every run.
 //
-// Shared memory, two stages of one step each:  xs [2][BK][BM + V]   ws [2][BK][BN], dy in the place of w
+// Shared memory, two stages of one step each:  xs [2][BK][BM + PAD_X]   ws [2][BK][BN + PAD_W], dy in the place of w
+//   One access takes 128 bytes. In channels_first the threads of 8 positions share it, V rows each; in channels_last
+//   the SHARE threads of a position fill it, or as many positions as it takes lie behind one another.
 
 #include "simt.cuh"
 
@@ -33,6 +35,12 @@ constexpr int LOADS = ceil_div(BN, SHARE * VECD);
 static_assert(THREADS % BK == 0, "every position of a step needs as many threads");
 static_assert(!CHANNELS_FIRST || (VECX == 1 && VECD == 1), "channels_first reads position by position");
 
+__device__ constexpr int padding(int stored) {  // `stored`: elements of one position that are stored at once
+  return CHANNELS_FIRST ? V : stored < 8 * V ? stored : 0;
+}
+constexpr int PAD_X = padding(SHARE * VECX);
+constexpr int PAD_W = padding(SHARE * VECD);
+
 struct Params {
   const E* x;
   const E* dy;
@@ -45,8 +53,8 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel_grad_simt(const __grid_constant__ Params p) {
-  __shared__ alignas(16) S xs[2][BK][BM + V];
-  __shared__ alignas(16) S ws[2][BK][BN];
+  __shared__ alignas(16) S xs[2][BK][BM + PAD_X];
+  __shared__ alignas(16) S ws[2][BK][BN + PAD_W];
 
   Index tile = blockIdx.x;
   const Index n0 = tile % p.tiles_n * BN;

@@ -1,10 +1,10 @@
 // simt.cuh -- what the matrix products on the ordinary arithmetic units share: tiles, threads, the inner product, and
 // positions of any rank.
 //
-// A block computes BM x BN sums over K in steps of BK; xs [BK][BM + V] and ws [BK][BN] hold a step's operands. The V
-// columns of padding keep stores along k free of bank conflicts. A thread owns TM x TN sums in blocks of V x V, where V
-// sums are 16 bytes; its blocks lie THREADS_M * V rows and THREADS_N * V columns apart, so that the threads of a warp
-// read neighbouring 16 bytes of shared memory.
+// A block computes BM x BN sums over K in steps of BK; xs [BK][BM + padding] and ws [BK][BN + padding] hold a step's
+// operands. The padding keeps a warp that stores several k at once free of bank conflicts; it is a multiple of V. A
+// thread owns TM x TN sums in blocks of V x V, where V sums are 16 bytes; its blocks lie THREADS_M * V rows and
+// THREADS_N * V columns apart, so that the threads of a warp read neighbouring 16 bytes of shared memory.
 
 #pragma once
 
@@ -42,8 +42,8 @@ struct Thread {
 };
 
 // acc += xs^T ws, one step.
-template <class Owner>
-__device__ __forceinline__ void multiply(S (&acc)[TM][TN], const S (&xs)[BK][BM + V], const S (&ws)[BK][BN],
+template <class Owner, int PITCH_X, int PITCH_W>
+__device__ __forceinline__ void multiply(S (&acc)[TM][TN], const S (&xs)[BK][PITCH_X], const S (&ws)[BK][PITCH_W],
                                          const Owner& own) {
 #pragma unroll
   for (int k = 0; k < BK; ++k) {

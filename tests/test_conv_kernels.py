@@ -360,6 +360,24 @@ def test_indices_beyond_32_bits(data_format):
     assert not actual[:, : 300 - rows - tile].any()
 
 
+@pytest.mark.parametrize("tile", [(128, 64, 8, 8), (32, 32, 4, 4)], ids=name)
+@pytest.mark.parametrize("x_shape, data_format", [
+    ((2, 64, 16), "channels_last"),
+    ((2, 64, 9), "channels_last"),
+    ((2, 9, 64), "channels_first"),
+])  # fmt: skip
+def test_no_bank_conflicts(x_shape, data_format, tile):
+    channels = x_shape[1 if data_format == "channels_first" else 2]
+    case = Case(x_shape, (3, channels, 64), padding="same", data_format=data_format)
+    with only("float32", tile):
+        for run in (case.forward, case.input_grad, case.kernel_grad):
+            runtime = trace(seed=0)
+            run(runtime)
+            for plan, result in zip(runtime.launches, runtime.results):
+                conflicts = [row for row in result.traffic if row.space == "shared" and row.bank_conflicts]
+                assert not conflicts, (plan, conflicts)
+
+
 def test_memory_is_read_in_full_sectors():
     """16-byte accesses, no bank conflicts, and no byte of x, w or y fetched in vain."""
     case = Case((2, 256, 16), (1, 16, 64), padding="same")

@@ -168,8 +168,7 @@ def _candidate(
     loads_w = -(-bn * BK // (vector_w * threads))
     if loads_x + loads_w > MAX_LOADS:
         return f"{loads_x + loads_w} accesses a thread and step leave its sums too few registers"
-    pad = VECTOR_BYTES // element.sum_bytes
-    shared_bytes = 2 * BK * (bm + pad + bn) * element.sum_bytes
+    shared_bytes = 2 * BK * (bm + bn + _padding(element, operands, threads, vector_x, vector_w)) * element.sum_bytes
     if shared_bytes > min(limits.shared_bytes, STATIC_SHARED_BYTES):
         return f"{shared_bytes} bytes of shared memory are more than {limits.name} gives a block"
     registers = _registers(element, operands, tm, tn, loads_x, loads_w)
@@ -197,6 +196,17 @@ def _fits_in_128(
     axes = operands.rank == 1 or (8, 0) <= limits.capability < (10, 0)
     wide = element.bytes == 4 and operands.index_bytes == 4 and loads == 2
     return threads == 256 and sums == 64 and wide and axes and not operands.gradient
+
+
+def _padding(element: Element, operands: Operands, threads: int, vector_x: int, vector_w: int) -> int:
+    """Elements of padding in a row of both staged operands, as the kernels define it."""
+    block = VECTOR_BYTES // element.sum_bytes
+    if not operands.gradient:
+        return block
+    if operands.transposed:
+        return 2 * block
+    stored = (threads // BK * vector for vector in (vector_x, vector_w))
+    return sum(count if count < 8 * block else 0 for count in stored)
 
 
 def _largest(vector: int, room: int) -> int:
