@@ -121,7 +121,7 @@ GATES = (
     Gate("conv complex128", _conv(LAST, "complex128"), 160, WIDE, loop=(("DFMA",), 0.60), loop_needs=STAGED),
     Gate("conv float32 channels_first", _conv(FIRST, "float32"), 168, WIDE, loop=(FP32, 0.74), loop_needs=STAGED),
     Gate("conv float64 channels_first", _conv(FIRST, "float64"), 144, WIDE, loop=(("DFMA",), 0.50), loop_needs=STAGED),
-    Gate("kernel_grad float32", _kernel_grad(LAST, "float32"), 160, WIDE, loop=(FP32, 0.55), loop_needs=STAGED),
+    Gate("kernel_grad float32", _kernel_grad(LAST, "float32"), 168, WIDE, loop=(FP32, 0.70), loop_needs=STAGED),
     Gate("kernel_grad float64", _kernel_grad(LAST, "float64"), 160, WIDE, loop=(("DFMA",), 0.46), loop_needs=STAGED),
     Gate("transposed float32", _transposed, 136, WIDE, loop=(FP32, 0.80), loop_needs=STAGED),
     Gate("pack_weights", _packing, 64),

@@ -23,7 +23,6 @@ from cuconv.plan.types import (
 
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
-WAVES = 4  # blocks a multiprocessor that splitting aims at, so that the last ones to finish matter little
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,12 +170,9 @@ def plan_kernel_grad(
         rank=shape.rank,
         least_bytes=(x_size + dy_size + count) * element.bytes,
     )
-    whole, _ = choose_tile(Product(rows, columns, positions, shape.groups), element, operands, limits)
-    splits = min(most, max(1, WAVES * limits.multiprocessors // whole.blocks))
-    chunk = -(-positions // (splits * BK)) * BK
-    splits = -(-positions // chunk)
-    product = Product(rows, columns, positions, shape.groups, splits)
+    product = Product(rows, columns, positions, shape.groups, most)
     tile, rejected = choose_tile(product, element, operands, limits)
+    splits, chunk = tile.splits, product.part(tile.splits)
     # Partial sums are an array of their own, which begins on a boundary.
     target_bytes, target_aligned = (element.sum_bytes, 0) if splits > 1 else (element.bytes, aligned[2])
     block = VECTOR_BYTES // element.sum_bytes

@@ -27,6 +27,7 @@ from cuconv.plan.types import (
 )
 
 BK = 8  # values of k in a step: 8 threads read 32 neighbouring bytes of fp32
+WAVES = 4  # blocks a multiprocessor that splitting aims at, so that the last ones to finish matter little
 LATENCY_WARPS = 8  # of a multiprocessor, two a quarter; each has TM * TN independent sums, so more change little
 MAX_LOADS = 12  # accesses a thread has in flight a step, of both operands; more cost registers that the sums need
 CHOICE_FACTOR = 1.02  # a tile listed earlier is taken unless another one is predicted to be this much faster
@@ -59,13 +60,22 @@ TILES: dict[int, tuple[tuple[int, int, int, int], ...]] = {
 
 @dataclass(frozen=True)
 class Product:
-    """The matrix product of a launch: `groups` times [m, k] by [k, n], in `splits` parts of k."""
+    """The matrix product of a launch: `groups` times [m, k] by [k, n]; k may be cut into as many as `most` parts."""
 
     m: int
     n: int
     k: int
     groups: int
-    splits: int = 1
+    most: int = 1
+
+    def splits(self, blocks: int, limits: DeviceLimits) -> int:
+        """Parts of k for `blocks` tiles: enough to give every multiprocessor WAVES blocks, each a multiple of BK."""
+        wanted = min(self.most, max(1, WAVES * limits.multiprocessors // max(1, blocks)))
+        return max(1, -(-self.k // self.part(wanted)))
+
+    def part(self, splits: int) -> int:
+        """Values of k in a part; the last one may have fewer."""
+        return max(1, -(-self.k // (splits * BK))) * BK
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Tile:
     vector_w: int  # and to the operand with columns n
     blocks_m: int
     blocks_n: int
+    splits: int
     blocks: int
     shared_bytes: int
     registers: int
@@ -175,13 +186,27 @@ def _candidate(
     if registers > REGISTERS_PER_THREAD:
         return f"about {registers} registers a thread would be needed"
     blocks_m, blocks_n = -(-product.m // bm), -(-product.n // bn)
-    blocks = blocks_m * blocks_n * product.groups * product.splits
+    splits = product.splits(blocks_m * blocks_n * product.groups, limits)
+    blocks = blocks_m * blocks_n * product.groups * splits
     if blocks > INT32_MAX:
         return f"{blocks} blocks are more than a grid has"
     min_blocks = 2 if _fits_in_128(element, operands, limits, threads, tm * tn, loads_x + loads_w) else 1
-    cost = _cost(product, element, operands, limits, (bm, bn, tm, tn), blocks, registers, shared_bytes)
+    cost = _cost(product, element, operands, limits, (bm, bn, tm, tn), blocks, splits, registers, shared_bytes)
     return Tile(
-        bm, bn, tm, tn, vector_x, vector_w, blocks_m, blocks_n, blocks, shared_bytes, registers, min_blocks, cost
+        bm,
+        bn,
+        tm,
+        tn,
+        vector_x,
+        vector_w,
+        blocks_m,
+        blocks_n,
+        splits,
+        blocks,
+        shared_bytes,
+        registers,
+        min_blocks,
+        cost,
     )
 
 
@@ -232,13 +257,13 @@ def _cost(
     limits: DeviceLimits,
     sizes: tuple[int, int, int, int],
     blocks: int,
+    splits: int,
     registers: int,
     shared_bytes: int,
 ) -> Cost:
     bm, bn, tm, tn = sizes
     threads = bm // tm * (bn // tn)
-    k_part = -(-product.k // product.splits)
-    steps = -(-k_part // BK)
+    steps = product.part(splits) // BK
     real = 4 if element.is_complex else 1  # multiply-adds of real numbers in one of elements
     done = 2 * real * bm * bn * steps * BK * blocks
     least = 2 * real * product.m * product.n * product.k * product.groups
@@ -257,7 +282,7 @@ def _cost(
     warps = min(busiest, max(1, resident)) * threads / WARP
     compute = busiest * done / max(1, blocks) / (rate * share * min(1.0, warps / LATENCY_WARPS))
     moved = blocks * steps * BK * (bm + bn) * element.bytes
-    partial = 2 * product.m * product.n * product.groups * product.splits * element.sum_bytes
-    stored = operands.least_bytes + (partial if product.splits > 1 else 0)
+    partial = 2 * product.m * product.n * product.groups * splits * element.sum_bytes
+    stored = operands.least_bytes + (partial if splits > 1 else 0)
     memory = max(stored / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     return Cost(done, least, moved, operands.least_bytes, max(compute, memory) + LAUNCH_SECONDS)
