@@ -216,7 +216,7 @@ def test_empty_arrays_launch_nothing():
 @pytest.fixture
 def cheap_launches(monkeypatch):
     """Plans that take every axis by itself."""
-    monkeypatch.setattr(plans, "LAUNCH", -1.0)
+    monkeypatch.setattr(plans, "LAUNCH_SECONDS", -1.0)
     caches = plans.plan_upsample, plans.plan_upsample_grad
     for cached in caches:
         cached.cache_clear()
