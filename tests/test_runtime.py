@@ -222,8 +222,6 @@ def test_arrays_of_another_gpu_are_computed_there(install):
 def test_a_gpu_can_be_made_the_current_one(install):
     fake = install(capabilities=[(9, 0), (8, 0)])
     for device in (0, 1):
-        with runtime.current(device).active():
-            assert fake.device == device
         with runtime.on(device):
             assert fake.device == device
     assert fake.device == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cuconv.cuda.arrays import Array, Runtime, alignment, compact, writing
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
 from cuconv.geometry import CHANNELS_LAST, split_shape
 from cuconv.plan.bias_grad import plan_bias_grad
 from cuconv.plan.types import ELEMENTS
@@ -21,10 +21,14 @@ def bias_grad(runtime: Runtime, dy: Array, data_format: str, out: Array, workspa
     if data_format == CHANNELS_LAST:
         batch, positions = batch * positions, 1
     plans, splits = plan_bias_grad(
-        batch, channels, positions, dy.dtype.name, alignment(runtime, dy), workspace, runtime.limits
+        batch, channels, positions, dtype_name(dy.dtype), alignment(runtime, dy), workspace, runtime.limits
     )
     with writing(runtime, out) as to:
         for plan in plans:
-            sums = to if plan is plans[-1] else runtime.empty((splits, channels), ELEMENTS[out.dtype.name].sum_dtype)
+            sums = (
+                to
+                if plan is plans[-1]
+                else runtime.empty((splits, channels), ELEMENTS[dtype_name(out.dtype)].sum_dtype)
+            )
             runtime.launch(plan, (dy, sums))
             dy = sums

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from cuconv.activations import Activation
-from cuconv.cuda.arrays import Array, Runtime, alignment, compact, writing
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
 from cuconv.geometry import CHANNELS_LAST, split_shape
 from cuconv.plan.conv_lstm import plan_gates, plan_gates_grad
 
@@ -32,7 +32,7 @@ def gates(
         arrays = z, c, new_h, new_c
         names = activation.name, recurrent_activation.name
         aligned = alignment(runtime, *arrays)
-        plan = plan_gates(*_extents(c.shape, data_format), *names, z.dtype.name, aligned, runtime.limits)
+        plan = plan_gates(*_extents(c.shape, data_format), *names, dtype_name(z.dtype), aligned, runtime.limits)
         runtime.launch(plan, arrays)
 
 
@@ -56,7 +56,7 @@ def gates_grad(
         arrays = *inputs, dz, dc_before
         names = activation.name, recurrent_activation.name
         aligned = alignment(runtime, *arrays)
-        plan = plan_gates_grad(*_extents(c.shape, data_format), *names, z.dtype.name, aligned, runtime.limits)
+        plan = plan_gates_grad(*_extents(c.shape, data_format), *names, dtype_name(z.dtype), aligned, runtime.limits)
         runtime.launch(plan, arrays)
 
 

@@ -345,12 +345,6 @@ class CudaRuntime:
         # identity.
         self._launches: dict[int, tuple[Any, ...]] = {}
 
-    def active(self) -> AbstractContextManager[Any]:
-        """Makes this GPU the current one of CuPy, whose own functions compute there; free where it is already."""
-        if self._current_device() == self.device:
-            return contextlib.nullcontext()
-        return on(self.device)
-
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """A new array of this GPU, not initialised."""
         try:

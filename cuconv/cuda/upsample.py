@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cuconv import interpolation as tables
-from cuconv.cuda.arrays import Array, Runtime, compact, writing
+from cuconv.cuda.arrays import Array, Runtime, compact, dtype_name, writing
 from cuconv.geometry import split_shape
 from cuconv.plan.types import ELEMENTS, VECTOR_BYTES, Element
 from cuconv.plan.upsample import COPIED, Stage, plan_upsample, plan_upsample_grad
@@ -75,7 +75,7 @@ def _odd(runtime: Runtime, *arrays: Array) -> bool:
 
 def _real(dtype: np.dtype) -> tuple[Element, int]:
     """The element of the real numbers in `dtype`, and how many an item has: the weights are real."""
-    element = ELEMENTS[dtype.name]
+    element = ELEMENTS[dtype_name(dtype)]
     if element.is_complex:
         return ELEMENTS[np.empty(0, dtype).real.dtype.name], 2
     return element, 1

@@ -54,16 +54,15 @@ class GradPlan:
     """A gradient that is split over positions: the launch, and the reductions of its partial sums.
 
     Attributes:
-        launch: for the arrays (x, dy, partial, bias_partial), or (x, w, dy, dx, partial, bias_partial) if `fused`.
+        launch: for the arrays (x, dy, partial, bias_partial), or (x, w, dy, dx, partial, bias_partial) where the
+            gradient of the input comes with it.
         splits: parts of the positions; partial is [splits, weights], bias_partial [splits, filters].
-        fused: whether the launch gives the gradient of the input too.
     """
 
     launch: LaunchPlan
     splits: int
     weights: int
     filters: int
-    fused: bool
     reduce: LaunchPlan
     reduce_bias: LaunchPlan
 
@@ -84,7 +83,7 @@ def plan_depthwise_kernel_grad(
     except PlanError as error:
         launch, splits = plan_grad(problem, aligned[:2], workspace)
         launch = dataclasses.replace(launch, rejected=(str(error), *launch.rejected))
-    return _grad_plan(problem, launch, splits, aligned[2:], fused=False)
+    return _grad_plan(problem, launch, splits, aligned[2:])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -106,14 +105,14 @@ def plan_depthwise_grads(
             launch, splits = plan_grads(problem, (x, w, dy, dx), workspace)
     except PlanError as error:
         return str(error)
-    return _grad_plan(problem, launch, splits, tuple(results), fused=True)
+    return _grad_plan(problem, launch, splits, tuple(results))
 
 
-def _grad_plan(problem: Problem, launch: LaunchPlan, splits: int, aligned: tuple[int, ...], fused: bool) -> GradPlan:
+def _grad_plan(problem: Problem, launch: LaunchPlan, splits: int, aligned: tuple[int, ...]) -> GradPlan:
     name, limits = problem.element.dtype, problem.limits
     reduce = plan_reduce(name, splits, problem.weights, aligned[0], limits)
     reduce_bias = plan_reduce(name, splits, problem.filters, aligned[1], limits)
-    return GradPlan(checked(launch), splits, problem.weights, problem.filters, fused, reduce, reduce_bias)
+    return GradPlan(checked(launch), splits, problem.weights, problem.filters, reduce, reduce_bias)
 
 
 def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:
