@@ -34,8 +34,8 @@ written.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -47,9 +47,13 @@ import numpy as np
 from cuconv import activations, geometry, reference
 from cuconv.cuda import runtime
 from cuconv.cuda.engine import Engine
+from cuconv.cuda.prepared import Known, Prepared
+from cuconv.cuda.tape import Outline, Recorder
+from cuconv.explain import Explanation, steps_of
 from cuconv.geometry import ConvShape, halo
+from cuconv.plan.devices import device as device_named
 from cuconv.plan.reference import DEFAULT_WORKSPACE
-from cuconv.plan.types import PlanError
+from cuconv.plan.types import DeviceLimits, PlanError
 
 __all__ = [
     "asarray",
@@ -66,8 +70,10 @@ __all__ = [
     "depthwise_conv_grad",
     "depthwise_conv_input_grad",
     "depthwise_conv_kernel_grad",
+    "explain",
     "halo",
     "like",
+    "prepare",
     "separable_conv",
     "separable_conv_input_grad",
     "separable_conv_kernel_grad",
@@ -120,6 +126,8 @@ def like(array: Array, reference: Array) -> Array:
     """`array` where `reference` lives; the same array if it is there already."""
     if isinstance(reference, np.ndarray):
         return to_numpy(array)
+    if type(reference) is Outline:
+        return reference.recorder.argument(array.shape, array.dtype)
     return runtime.device_array(array, reference.device.id) if isinstance(array, np.ndarray) else array
 
 
@@ -129,27 +137,30 @@ def to_numpy(array: Array) -> np.ndarray:
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_OPERATIONS: dict[str, Callable[..., Any]] = {}  # the functions here that compute
 
 
-def _where_arrays_are(function: Function) -> Function:
-    """Makes the GPU of the first array the current one during a call: CuPy's own functions compute there."""
+def _operation(function: Function) -> Function:
+    """A function that computes where its arrays are.
+
+    On a GPU, what it does is written down at the first call and played again at the next ones with such arrays.
+    """
+    known = Known(function)
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
-        if arguments and isinstance(arguments[0], np.ndarray):
+        if arguments and type(arguments[0]) is np.ndarray:
             return function(*arguments, **keywords)
-        given = (*arguments, *keywords.values())
-        device = next((getattr(each, "device", None) for each in given if runtime.is_gpu_array(each)), None)
-        with device or contextlib.nullcontext():
-            return function(*arguments, **keywords)
+        return known(arguments, keywords)
 
+    _OPERATIONS[function.__name__] = call
     return cast(Function, call)
 
 
 # --- Convolution -------------------------------------------------------------------------------------------------
 
 
-@_where_arrays_are
+@_operation
 def conv(
     x: Array,
     w: Array,
@@ -173,7 +184,7 @@ def conv(
     )
 
 
-@_where_arrays_are
+@_operation
 def conv_input_grad(
     dy: Array,
     w: Array,
@@ -197,7 +208,7 @@ def conv_input_grad(
     return out
 
 
-@_where_arrays_are
+@_operation
 def conv_kernel_grad(
     x: Array,
     dy: Array,
@@ -224,7 +235,7 @@ def conv_kernel_grad(
 # --- Transposed convolution --------------------------------------------------------------------------------------
 
 
-@_where_arrays_are
+@_operation
 def conv_transpose(
     x: Array,
     w: Array,
@@ -255,7 +266,7 @@ def conv_transpose(
     )
 
 
-@_where_arrays_are
+@_operation
 def conv_transpose_input_grad(
     dy: Array,
     w: Array,
@@ -290,7 +301,7 @@ def conv_transpose_input_grad(
     return out
 
 
-@_where_arrays_are
+@_operation
 def conv_transpose_kernel_grad(
     x: Array,
     dy: Array,
@@ -330,7 +341,7 @@ def conv_transpose_kernel_grad(
 # --- Depthwise and separable convolution -------------------------------------------------------------------------
 
 
-@_where_arrays_are
+@_operation
 def depthwise_conv(
     x: Array,
     w: Array,
@@ -357,7 +368,7 @@ def depthwise_conv(
     )
 
 
-@_where_arrays_are
+@_operation
 def depthwise_conv_input_grad(
     dy: Array,
     w: Array,
@@ -380,7 +391,7 @@ def depthwise_conv_input_grad(
     return out
 
 
-@_where_arrays_are
+@_operation
 def depthwise_conv_kernel_grad(
     x: Array,
     dy: Array,
@@ -403,7 +414,7 @@ def depthwise_conv_kernel_grad(
     return out
 
 
-@_where_arrays_are
+@_operation
 def depthwise_conv_grad(
     x: Array,
     w: Array,
@@ -431,7 +442,7 @@ def depthwise_conv_grad(
     return dx, dw, dbias
 
 
-@_where_arrays_are
+@_operation
 def separable_conv(
     x: Array,
     depthwise_w: Array,
@@ -463,7 +474,7 @@ def separable_conv(
     )
 
 
-@_where_arrays_are
+@_operation
 def separable_conv_input_grad(
     dy: Array,
     depthwise_w: Array,
@@ -490,7 +501,7 @@ def separable_conv_input_grad(
     return out
 
 
-@_where_arrays_are
+@_operation
 def separable_conv_kernel_grad(
     x: Array,
     dy: Array,
@@ -517,7 +528,7 @@ def separable_conv_kernel_grad(
     return depthwise_out, pointwise_out
 
 
-@_where_arrays_are
+@_operation
 def bias_grad(
     dy: Array, *, data_format: str | None = None, out: Array | None = None, workspace: int | None = None
 ) -> Array:
@@ -535,7 +546,7 @@ def bias_grad(
 # --- Upsampling --------------------------------------------------------------------------------------------------
 
 
-@_where_arrays_are
+@_operation
 def upsample(
     x: Array, size: Sizes, *, interpolation: str = "nearest", data_format: str | None = None, out: Array | None = None
 ) -> Array:
@@ -553,7 +564,7 @@ def upsample(
     return out
 
 
-@_where_arrays_are
+@_operation
 def upsample_input_grad(
     dy: Array, size: Sizes, *, interpolation: str = "nearest", data_format: str | None = None, out: Array | None = None
 ) -> Array:
@@ -574,7 +585,7 @@ def upsample_input_grad(
 # --- Convolutional LSTM ------------------------------------------------------------------------------------------
 
 
-@_where_arrays_are
+@_operation
 def conv_lstm_step(
     x: Array,
     h: Array,
@@ -611,7 +622,7 @@ def conv_lstm_step(
     return new_h, new_c
 
 
-@_where_arrays_are
+@_operation
 def conv_lstm_step_grad(
     x: Array,
     h: Array,
@@ -703,6 +714,126 @@ def _lstm_sums(
     return z, cell, recurrent
 
 
+# --- Looking ahead -----------------------------------------------------------------------------------------------
+
+
+def explain(
+    operation: str, *shapes: Any, dtype: Any = "float32", device: str | None = None, **options: Any
+) -> Explanation:
+    """What a call would do on a GPU, step by step, with its cost and the reasons; needs no GPU and no memory.
+
+        print(explain("conv", (8, 16384, 128), (2, 128, 256), dtype="bfloat16", padding="causal", device="H200"))
+
+    Args:
+        operation: name of a function here that computes.
+        shapes: its positional arguments, a shape in place of each array; None for a bias that is left out.
+        dtype: of all arrays.
+        device: a name of :data:`cuconv.plan.devices.DEVICES`; None is the GPU at hand, or "H200" where there is none.
+        options: the keywords of the function.
+    """
+    call, given = _call_on_outlines(operation, shapes, options)
+    recorder = Recorder(_limits_of(device))
+    dtype = _known_dtype(dtype)
+    outlines = [recorder.argument(shape, dtype) for _, shape in given]
+    results = call(*outlines)
+    several = isinstance(results, tuple)
+    found = [each for each in (results if several else (results,)) if each is not None]
+    names = [f"result {i}" if several else "result" for i in range(len(found))]
+    steps = steps_of(recorder.steps, recorder.limits)
+    return Explanation(
+        operation=operation,
+        dtype=dtype.name,
+        device=recorder.limits,
+        arrays=(*given, *zip(names, (each.shape for each in found), strict=True)),
+        options=options,
+        steps=steps,
+        flops=sum(step.least_flops for step in steps),
+        bytes=sum(each.nbytes for each in (*outlines, *found)),
+    )
+
+
+def prepare(
+    operation: str, *shapes: Any, dtype: Any = "float32", device: int | None = None, **options: Any
+) -> Prepared:
+    """A call with everything decided, compiled and allocated but its arrays: ``prepared(x, w, out=y)``.
+
+    With `out` it allocates nothing and can be captured in a CUDA graph; it is also the fastest way to call. Its scratch
+    memory is its own, so one of its calls must have ended on the GPU before another stream starts the next.
+
+    Args:
+        operation: name of a function here that computes.
+        shapes: its positional arguments, a shape in place of each array; None for a bias that is left out.
+        dtype: of all arrays.
+        device: number of a GPU; None is CuPy's current one.
+        options: the keywords of the function, without `out`.
+
+    Raises:
+        PlanError: there is no GPU.
+        ValueError: a function of the array library has a part in the call that needs new memory every time.
+    """
+    call, given = _call_on_outlines(operation, shapes, options)
+    return Prepared(runtime.current(device), operation, call, given, _known_dtype(dtype))
+
+
+def _call_on_outlines(
+    operation: str, shapes: Sequence[Any], options: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """The call as a function of its arrays alone, and their names and shapes."""
+    if operation not in _OPERATIONS:
+        names = ", ".join(f'"{name}"' for name in _OPERATIONS)
+        raise ValueError(f"`operation` must be one of {names}. Received: operation={operation!r}")
+    function = _OPERATIONS[operation]
+    parameters = inspect.signature(function).parameters.values()
+    positional = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    needed = [each.name for each in positional if each.default is each.empty]
+    if not len(needed) <= len(shapes) <= len(positional) or "out" in options:
+        raise ValueError(
+            f"`shapes` of {operation} are those of {', '.join(each.name for each in positional)}, "
+            f"{len(needed)} of them at least, and `out` is none of its options. Received: shapes={shapes}, "
+            f"options={options}"
+        )
+    given, arguments = [], list(shapes)
+    for i, (parameter, shape) in enumerate(zip(positional, shapes, strict=False)):
+        if str(parameter.annotation).startswith("Array") and (shape is not None or parameter.name in needed):
+            arguments[i] = _an_array
+            given.append((parameter.name, _as_shape(shape, parameter.name)))
+
+    def call(*arrays: Array) -> Any:
+        waiting = iter(arrays)
+        return function(*(next(waiting) if each is _an_array else each for each in arguments), **options)
+
+    return call, tuple(given)
+
+
+_an_array = object()  # stands where an array goes
+
+
+def _as_shape(value: Any, name: str) -> tuple[int, ...]:
+    sizes = (
+        tuple(map(geometry.as_int, value)) if isinstance(value, Sequence) and not isinstance(value, str) else (None,)
+    )
+    if any(size is None or size < 0 for size in sizes):
+        raise ValueError(f"`{name}` must be given as a shape, a tuple of sizes >= 0. Received: {value!r}")
+    return cast(tuple[int, ...], sizes)
+
+
+def _known_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in _DTYPES:
+        names = ", ".join(f'"{each.name}"' for each in DTYPES)
+        raise TypeError(f"`dtype` must be one of {names}. Received: dtype={dtype!r}")
+    return cast(np.dtype, found)
+
+
+def _limits_of(device: str | None) -> DeviceLimits:
+    if device is not None:
+        return device_named(device)
+    return runtime.current().limits if runtime.probe().usable else device_named("H200")
+
+
 # --- Checks ------------------------------------------------------------------------------------------------------
 
 
@@ -728,6 +859,8 @@ def _place(arrays: Sequence[Array]) -> Any:
             break
     else:
         return _host_engine
+    if all(type(array) is Outline for array in arrays):
+        return arrays[0].recorder.engine
     on_gpu = any(map(runtime.is_gpu_array, arrays))
     if on_gpu and not runtime.probe().usable:
         raise PlanError(
@@ -872,6 +1005,8 @@ def _footprint(array: Array) -> np.ndarray:
     """An array of bytes at the addresses that `array` has, wherever they are; only to be compared, never to be read."""
     if isinstance(array, np.ndarray) or array.size == 0:
         return array if isinstance(array, np.ndarray) else np.empty(0)
+    if type(array) is Outline:
+        return array.layout
     found = array.__cuda_array_interface__
     shape, strides = (*array.shape, array.dtype.itemsize), (*array.strides, 1)
     interface = {"data": found["data"], "shape": shape, "strides": strides, "typestr": "|u1", "version": 3}

@@ -192,8 +192,9 @@ def _module(fake):
         nbytes = property(lambda self: self.host.nbytes)
         flags = property(lambda self: SimpleNamespace(c_contiguous=self.host.flags.c_contiguous))
         data = property(lambda self: SimpleNamespace(ptr=self.host.ctypes.data, device_id=self._device))
-        device = property(lambda self: SimpleNamespace(id=self._device))
-        __cuda_array_interface__ = property(lambda self: {"shape": self.shape, "version": 3})
+        device = property(lambda self: Device(self._device))
+        strides = property(lambda self: self.host.strides)
+        __cuda_array_interface__ = property(lambda self: self.host.__array_interface__)
 
         def __len__(self):
             return len(self.host)
@@ -209,6 +210,9 @@ def _module(fake):
 
         def astype(self, dtype, copy=True):
             return self if self.dtype == dtype and not copy else fake.compute(lambda x: x.astype(dtype), self)
+
+        def conj(self):
+            return fake.compute(np.conjugate, self) if self.dtype.kind == "c" else self
 
         def copy(self, order="C"):
             return fake.compute(lambda x: x.copy(order), self)

@@ -1,7 +1,11 @@
-"""The whole way of a GPU call but the driver: ops, plans, packing, splits, workspaces and kernels, in the emulator.
+"""The whole way of a GPU call but the driver: ops, tapes, plans, packing, splits, workspaces, kernels, in the emulator.
 
 Runs the list of `cuconv parity`, against the NumPy path in double precision.
 """
+
+import contextlib
+import weakref
+from types import SimpleNamespace
 
 import emulator
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 from emulated import EmulatedRuntime
 
 from cuconv import ops, parity, reference
+from cuconv.cuda import prepared, runtime
 from cuconv.cuda.engine import Engine
 from cuconv.plan.devices import DEVICES
 
@@ -16,28 +21,74 @@ pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emula
 
 
 class OnDevice(np.ndarray):
-    """An array that ops takes for one of a GPU."""
+    """An array that ops takes for one of a GPU, with what it asks of CuPy's."""
+
+    device = contextlib.nullcontext()
+    __cuda_array_interface__ = None
+    _known = weakref.WeakValueDictionary()  # noqa: RUF012  address -> an array that was asked for it
+
+    @property
+    def data(self):
+        address = self.ctypes.data
+        self._known[address] = self
+        return SimpleNamespace(ptr=address, device_id=0)
+
+    @classmethod
+    def at(cls, address):
+        """An array that begins at an address, None for 0."""
+        if address == 0 or address in cls._known:
+            return cls._known.get(address)
+        for start, array in cls._known.items():
+            if start < address < start + array.nbytes and array.flags.c_contiguous:
+                return array.reshape(-1).view(np.uint8)[address - start :]
+        raise AssertionError(f"a launch at {address:#x}, where no array is")
 
 
 class Runtime(EmulatedRuntime):
-    """Makes arrays of that kind."""
+    """Makes arrays of that kind, and launches at addresses as CudaRuntime does."""
+
+    device = 0
+    in_one_piece = staticmethod(lambda array: array.flags.c_contiguous)
 
     def empty(self, shape, dtype):
         return super().empty(shape, dtype).view(OnDevice)
+
+    def constant(self, key, make):
+        return super().constant(key, make).view(OnDevice)
+
+    def starter(self, plan, pointers):
+        def start(addresses):
+            assert len(addresses) == pointers
+            self.launch(plan, [OnDevice.at(address) for address in addresses])
+
+        return start
 
 
 @pytest.fixture
 def device(monkeypatch):
     """An engine on the emulator for arrays of OnDevice; all arrays of a call must be."""
     engine = Engine(Runtime(DEVICES["H200"], mode="trace", seed=1))
+    place = ops._place
 
-    def place(arrays):
+    def placed(arrays):
         kinds = {isinstance(array, OnDevice) for array in arrays}
         assert len(kinds) == 1, "arrays of two places in one call"
-        return engine if kinds == {True} else reference
+        return engine if kinds == {True} else place(arrays)
 
-    monkeypatch.setattr(ops, "_place", place)
+    monkeypatch.setattr(ops, "_place", placed)
+    monkeypatch.setattr(runtime, "is_device_array", lambda array: isinstance(array, OnDevice))
+    monkeypatch.setattr(runtime, "of", lambda arrays: engine.runtime)
+    monkeypatch.setattr(runtime, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(prepared, "_in_one_piece", {})
+    for known in knowns():
+        known._tapes.clear()
     return engine
+
+
+def knowns():
+    """What each operation remembers of the calls it was asked for."""
+    for operation in ops._OPERATIONS.values():
+        yield from (c.cell_contents for c in operation.__closure__ if isinstance(c.cell_contents, prepared.Known))
 
 
 def on_device(array):
@@ -64,6 +115,11 @@ def check(cases, engine):
         outcome = parity.check(case, on_device, number)
         assert outcome.passed, f"{case}: {outcome.problem}; {[str(p) for p in engine.runtime.launches[started:]]}"
         assert len(engine.runtime.launches) > started, f"{case}: no kernel ran"
+        if case.layout == "contiguous":  # and where it is not, nothing is remembered
+            remembered = [tape for known in knowns() for tape in known._tapes.values()]
+            assert remembered and None not in remembered, f"{case}: what the call does cannot be played"
+        for known in knowns():
+            known._tapes.clear()
 
 
 @pytest.mark.parametrize("cases", chunks(QUICK, 24))

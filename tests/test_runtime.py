@@ -114,7 +114,7 @@ def test_plans_beyond_the_limit_are_forgotten_and_found_again(fake, monkeypatch)
     for made in plans * 2:
         gpu.launch(made, (x,))
     assert len(fake.launches) == 16 and len(fake.compiled) == 1
-    assert len(gpu._launches) <= 3
+    assert len(gpu._starters) <= 3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -173,15 +173,11 @@ def test_the_driver_refuses_a_launch(fake, monkeypatch):
     gpu = runtime.current()
     x = gpu.empty(1, np.float32)
     made = plan(reason="because")
-    gpu.launch(made, (x,))
-    fake.local.device = 0
-    entry = list(gpu._launches[id(made)])
 
     def refuses(*args):
         raise fake_cupy.CUDADriverError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
 
-    entry[1] = refuses
-    gpu._launches[id(made)] = tuple(entry)
+    monkeypatch.setattr(gpu, "_function", lambda plan: refuses)
     with pytest.raises(runtime.KernelError, match="GPU 0 does not start k: 7 blocks of 128.*because\n.*OUT_OF_RES"):
         gpu.launch(made, (x,))
 

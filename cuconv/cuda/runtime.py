@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.resources
+import operator
 import struct
 import sys
 import threading
@@ -203,6 +204,9 @@ def _limits(cupy: Any, index: int) -> DeviceLimits:
         bandwidth=2 * memory_clock * properties.get("memoryBusWidth", 0) / 8 or sheet.bandwidth,
         fp32_rate=fp32 or sheet.fp32_rate,
         fp64_rate=fp32 / max(1, ratio) or sheet.fp64_rate,
+        # The driver tells nothing of tensor cores; per multiplier of float32 the data sheet's GPU has as many.
+        fp16_rate=sheet.fp16_rate * (fp32 / sheet.fp32_rate or 1),
+        tf32_rate=sheet.tf32_rate * (fp32 / sheet.fp32_rate or 1),
     )
 
 
@@ -338,12 +342,17 @@ class CudaRuntime:
         self._cache = cubin_cache() if cache is None else cache
         self._lock = threading.Lock()
         self._current_device: Callable[[], int] = cupy.cuda.runtime.getDevice
+        # CuPy makes an object of all flags to answer; the attribute behind it takes a fifth of the time.
+        quick = hasattr(cupy.ndarray, "_c_contiguous")
+        self.in_one_piece: Callable[[Array], bool] = operator.attrgetter(
+            "_c_contiguous" if quick else "flags.c_contiguous"
+        )
         self._constants: dict[Hashable, list[Any]] = {}  # key -> array, the event after its copy until it has passed
         self._kernels: dict[tuple[str, cubins.Constants], Any] = {}
         self._dynamic_bytes: dict[tuple[str, cubins.Constants], int] = {}
         # By identity: to hash a plan takes longer than all the rest. The entry holds the plan, so no other one gets its
         # identity.
-        self._launches: dict[int, tuple[Any, ...]] = {}
+        self._starters: dict[int, tuple[LaunchPlan, Callable[[Sequence[int]], None]]] = {}
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """A new array of this GPU, not initialised."""
@@ -379,8 +388,18 @@ class CudaRuntime:
         return array
 
     def address(self, array: Array) -> int:
-        """Where the first element lies."""
-        pointer: int = array.data.ptr
+        """Where the first element lies.
+
+        Raises:
+            ValueError: on another GPU.
+        """
+        memory = array.data
+        if memory.device_id != self.device:
+            raise ValueError(
+                f"arrays must lie on GPU {self.device}, for which this call was made. Received: an array on GPU "
+                f"{memory.device_id}"
+            )
+        pointer: int = memory.ptr
         return pointer
 
     def launch(self, plan: LaunchPlan, arrays: Sequence[Array | None]) -> None:
@@ -389,37 +408,43 @@ class CudaRuntime:
         Raises:
             PlanError: the kernel cannot be compiled, loaded or started.
         """
-        launch = self._launches.get(id(plan))
-        if launch is None:
-            launch = self._prepare(plan, len(arrays))
-        _, function, grid, block, shared_bytes, pack, integers, kind = launch
-        pointers = pack(*[0 if array is None else array.data.ptr for array in arrays])
-        # An array of one element goes to the kernel by value; the driver copies it before the call returns.
-        parameters = (np.frombuffer(pointers + integers, kind),)
-        try:
-            if self._current_device() == self.device:
-                function(grid, block, parameters, shared_bytes)
-            else:
-                with self._cupy.cuda.Device(self.device):
-                    function(grid, block, parameters, shared_bytes)
-        except self._cupy.cuda.driver.CUDADriverError as error:
-            raise KernelError(f"GPU {self.device} does not start {plan}\n{error}") from error
+        _, start = self._starters.get(id(plan)) or (plan, self.starter(plan, len(arrays)))
+        start([0 if array is None else array.data.ptr for array in arrays])
 
-    def _prepare(self, plan: LaunchPlan, pointers: int) -> tuple[Any, ...]:
-        """What every launch of a plan needs, found once."""
+    def starter(self, plan: LaunchPlan, pointers: int) -> Callable[[Sequence[int]], None]:
+        """What starts `plan` with so many pointers before its integers, 0 for an array that is left out.
+
+        Raises:
+            PlanError: the kernel cannot be compiled or loaded; from what is returned: it cannot be started.
+        """
         limits, (x, y, z) = self.limits, plan.grid
         if not (0 < x <= MAX_GRID_X and 0 < y <= MAX_GRID_YZ and 0 < z <= MAX_GRID_YZ and plan.threads <= MAX_THREADS):
             raise PlanError(f"no GPU starts a grid {plan.grid} of blocks {plan.block}. Received: {plan}")
         if max(plan.shared_bytes, plan.dynamic_shared_bytes) > limits.shared_bytes:
             raise PlanError(f"{limits.name} has {limits.shared_bytes} bytes of shared memory a block. Received: {plan}")
-        kind = np.dtype(("V", 8 * pointers + len(plan.parameters(()))))
-        pack = struct.Struct(f"<{pointers}Q").pack
-        function = self._function(plan)
-        launch = (plan, function, plan.grid, plan.block, plan.dynamic_shared_bytes, pack, plan.parameters(()), kind)
-        if len(self._launches) >= REMEMBERED_PLANS:
-            self._launches.clear()
-        self._launches[id(plan)] = launch
-        return launch
+        integers = plan.parameters(())
+        pack = struct.Struct(f"<{pointers}Q{len(integers)}s").pack
+        kind = np.dtype(("V", 8 * pointers + len(integers)))
+        function, grid, block, shared_bytes = self._function(plan), plan.grid, plan.block, plan.dynamic_shared_bytes
+        here, current_device, read = self.device, self._current_device, np.frombuffer
+        cuda = self._cupy.cuda
+
+        def start(addresses: Sequence[int]) -> None:
+            # An array of one element goes to the kernel by value; the driver copies it before the call returns.
+            parameters = (read(pack(*addresses, integers), kind),)
+            try:
+                if current_device() == here:
+                    function(grid, block, parameters, shared_bytes)
+                else:
+                    with cuda.Device(here):
+                        function(grid, block, parameters, shared_bytes)
+            except cuda.driver.CUDADriverError as error:
+                raise KernelError(f"GPU {here} does not start {plan}\n{error}") from error
+
+        if len(self._starters) >= REMEMBERED_PLANS:
+            self._starters.clear()
+        self._starters[id(plan)] = plan, start
+        return start
 
     def _function(self, plan: LaunchPlan) -> Any:
         """The driver's function, allowed the shared memory that the plan asks for."""
@@ -452,6 +477,24 @@ class CudaRuntime:
             except error_type as error:
                 options = " ".join(recipe.options)
                 raise KernelError(f"GPU {self.device} does not load kernel {kernel} ({options}): {error}") from error
+
+
+def library() -> Any:
+    """CuPy itself, for whoever times or captures work.
+
+    Raises:
+        DriverError: it does not import.
+    """
+    return _cupy()
+
+
+def time_range(name: str) -> AbstractContextManager[Any]:
+    """A range with a name in the profiles of NVIDIA's tools (NVTX)."""
+    _cupy()
+    from cupyx import profiler
+
+    manager: AbstractContextManager[Any] = profiler.time_range(name)
+    return manager
 
 
 _runtimes: dict[int, CudaRuntime] = {}

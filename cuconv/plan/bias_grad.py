@@ -6,6 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+from cuconv.plan.cost import LAUNCH_SECONDS
 from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, Element, LaunchPlan, index_bytes, vector
 
 BLOCKS = (256, 512, 128)  # threads of a block; on a tie the first is taken
@@ -130,7 +131,7 @@ def _launch(
         registers=64,
         reason=f"{splits} parts, {tiling.vector * source.bytes}-byte vectors, an item is {tiling.kind}",
         rejected=tiling.rejected,
-        cost=Cost(work, work, moved, least, max(moved / bandwidth, work / rate)),
+        cost=Cost(work, work, moved, least, max(moved / bandwidth, work / rate) + LAUNCH_SECONDS),
     )
 
 

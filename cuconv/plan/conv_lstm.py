@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from cuconv.plan.cost import LAUNCH_SECONDS
 from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes, vector
 
 THREADS = 128  # of a block; as in both kernels
@@ -78,5 +79,5 @@ def _plan(
         index_bytes=wide,
         registers=64,
         reason=f"one pass, {width * element.bytes}-byte vectors",
-        cost=Cost(flops, flops, moved, moved, max(moved / limits.bandwidth, flops / rate)),
+        cost=Cost(flops, flops, moved, moved, max(moved / limits.bandwidth, flops / rate) + LAUNCH_SECONDS),
     )

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.cost import LAUNCH_SECONDS
+from cuconv.plan.occupancy import occupancy
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
     MAX_GRID_X,
-    REGISTERS_PER_MULTIPROCESSOR,
     REGISTERS_PER_THREAD,
     Cost,
     DeviceLimits,
@@ -359,10 +359,8 @@ def launch_of(
 
 
 def resident_blocks(limits: DeviceLimits, registers: int, shared: int = 0) -> int:
-    """Blocks that a multiprocessor holds."""
-    by_registers = REGISTERS_PER_MULTIPROCESSOR // (-(-registers // 8) * 8 * THREADS)
-    by_shared = limits.shared_bytes_per_multiprocessor // (shared + 1024)  # 1 KiB of each block belongs to the driver
-    return max(1, min(limits.threads_per_multiprocessor // THREADS, by_registers, by_shared))
+    """Blocks that a multiprocessor holds, at least one."""
+    return max(1, occupancy(limits, THREADS, registers, shared).blocks)
 
 
 def seconds_of(plan: LaunchPlan) -> float:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
+from cuconv.plan.occupancy import occupancy
 from cuconv.plan.types import (
     INT32_MAX,
-    REGISTERS_PER_MULTIPROCESSOR,
     REGISTERS_PER_THREAD,
     STATIC_SHARED_BYTES,
     VECTOR_BYTES,
@@ -273,11 +273,7 @@ def _cost(
     reads = BK * (tm + tn) * element.sum_bytes // VECTOR_BYTES
     loads = bm * BK // (operands.vector_x * threads) + bn * BK // (operands.vector_w * threads)
     share = multiplies / (multiplies + reads + 12 * loads + 24)
-    resident = min(
-        REGISTERS_PER_MULTIPROCESSOR // (registers * threads),
-        limits.threads_per_multiprocessor // threads,
-        limits.shared_bytes_per_multiprocessor // (shared_bytes + 1024),
-    )
+    resident = occupancy(limits, threads, registers, shared_bytes).blocks
     busiest = -(-blocks // limits.multiprocessors)
     warps = min(busiest, max(1, resident)) * threads / WARP
     compute = busiest * done / max(1, blocks) / (rate * share * min(1.0, warps / LATENCY_WARPS))

@@ -82,7 +82,7 @@ VECTOR_BYTES = 16  # the widest access a thread can make
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a plan must know of a device. Rates are peaks: bytes and operations a second."""
+    """What a plan must know of a device. Rates are peaks, bytes and operations a second; 0: there is no such unit."""
 
     name: str
     arch: str  # NVRTC's name, "sm_90"
@@ -94,6 +94,8 @@ class DeviceLimits:
     bandwidth: float
     fp32_rate: float
     fp64_rate: float
+    fp16_rate: float = 0.0  # of the tensor cores, 16-bit products summed in fp32, no sparsity
+    tf32_rate: float = 0.0  # of the tensor cores
 
     @property
     def capability(self) -> tuple[int, int]:

@@ -166,7 +166,7 @@ def _best(
 
 def _seconds(stages: Sequence[Stage]) -> float:
     """Predicted for all launches of a candidate."""
-    return sum(stage.plan.cost.seconds + LAUNCH_SECONDS for stage in stages if stage.plan.cost)
+    return sum(stage.plan.cost.seconds for stage in stages if stage.plan.cost)
 
 
 def _cuts(axes: Sequence[tuple[int, int]]) -> list[list[range]]:
@@ -311,4 +311,4 @@ def _cost(flops: int, least_flops: int, moved: int, least: int, element: Element
     """Whatever takes longest: memory, caches, or arithmetic."""
     rate = limits.fp64_rate if element.sum_bytes > 4 else limits.fp32_rate
     seconds = max(least / limits.bandwidth, moved / (CACHE_RATE * limits.bandwidth), flops / rate)
-    return Cost(flops, least_flops, moved, least, seconds)
+    return Cost(flops, least_flops, moved, least, seconds + LAUNCH_SECONDS)

@@ -1,0 +1,229 @@
+"""What a call costs on the host before the GPU hears of it: `python -m benchmarks.overhead [--json]`. Needs no GPU.
+
+Everything is ours but the driver, which is stubbed: allocating gives memory that nobody reads, launching does nothing.
+Arrays are CuPy's own where CuPy is installed, otherwise a stand-in with attributes as cheap as they can be in Python.
+
+The processor's clock counts, and the shortest of many runs: on a busy machine the rest is other people's work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+import timeit
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import machine
+
+ADDRESS = 1 << 40  # of memory that nobody reads
+CUBIN_BYTES = 60_000  # what a kernel of a matrix product takes
+PROPERTIES = {
+    "name": b"NVIDIA H200",
+    "major": 9,
+    "minor": 0,
+    "multiProcessorCount": 132,
+    "sharedMemPerBlockOptin": 227 << 10,
+    "sharedMemPerMultiprocessor": 228 << 10,
+    "maxThreadsPerMultiProcessor": 2048,
+    "l2CacheSize": 60 << 20,
+    "totalGlobalMem": 141 << 30,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, and the most it should be."""
+
+    name: str
+    microseconds: float
+    goal: float
+
+    @property
+    def met(self) -> bool:
+        return self.microseconds <= self.goal
+
+
+# ------------------------------------------------------------------------------------------------ the stub
+
+
+class Device:
+    def __init__(self, index: int = 0) -> None:
+        self.id = index
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class StandIn:
+    """What launch code asks of an array."""
+
+    __slots__ = ("__weakref__", "data", "dtype", "flags", "nbytes", "shape", "size")
+    __cuda_array_interface__ = None  # marks the type as a GPU's array
+    _flags = types.SimpleNamespace(c_contiguous=True, writeable=True)
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.size = math.prod(self.shape)
+        self.nbytes = self.size * self.dtype.itemsize
+        self.flags = self._flags
+        self.data = types.SimpleNamespace(ptr=ADDRESS, device_id=0)
+
+    ndim = property(lambda self: len(self.shape))
+    device = property(lambda self: Device(0))
+
+    def __array_function__(self, *_: Any) -> Any:
+        return NotImplemented
+
+
+def arrays_of(cupy: Any) -> tuple[type, Callable[..., Any]]:
+    """The type of the arrays, and what makes one without a GPU."""
+    if cupy is None:
+        return StandIn, StandIn
+    memory = cupy.cuda.UnownedMemory(ADDRESS, 1 << 40, None, 0)
+    pointer = cupy.cuda.MemoryPointer(memory, 0)
+    return cupy.ndarray, lambda shape, dtype: cupy.ndarray(shape, dtype, memptr=pointer)
+
+
+def install() -> tuple[Any, str]:
+    """Puts a CuPy without a driver in the place of the real one; a function that makes arrays, and what they are."""
+    try:
+        import cupy as real
+    except ImportError:
+        real = None
+    kind, empty = arrays_of(real)
+    cubin = b"\x7fELF\x02".ljust(32, b"\0") + (CUBIN_BYTES).to_bytes(8, "little")
+    cubin = cubin.ljust(CUBIN_BYTES, b"\0")
+
+    stub: Any = types.ModuleType("cupy")
+    stub.cuda = types.ModuleType("cupy.cuda")
+    stub.cuda.nvrtc = types.ModuleType("cupy.cuda.nvrtc")
+    stub.__version__ = real.__version__ if real else "none"
+    stub.ndarray, stub.empty = kind, empty
+    stub.asarray = lambda array: empty(array.shape, array.dtype)
+    stub.RawModule = lambda path: types.SimpleNamespace(
+        get_function=lambda name: types.SimpleNamespace(kernel=lambda grid, block, arguments, shared: None)
+    )
+
+    stub.cuda.Device = Device
+    stub.cuda.Event = lambda **_: types.SimpleNamespace(done=True)
+    stub.cuda.get_current_stream = lambda: types.SimpleNamespace(record=lambda event: None)
+    stub.cuda.memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
+    stub.cuda.driver = types.SimpleNamespace(CUDADriverError=RuntimeError)
+    stub.cuda.runtime = types.SimpleNamespace(
+        CUDARuntimeError=RuntimeError,
+        cudaDevAttrSingleToDoublePrecisionPerfRatio=0,
+        deviceGetAttribute=lambda attribute, device: 2,
+        driverGetVersion=lambda: 13000,
+        getDevice=lambda: 0,
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda index: PROPERTIES,
+    )
+    nvrtc = stub.cuda.nvrtc
+    nvrtc.NVRTCError = RuntimeError
+    nvrtc.getVersion = lambda: (13, 0)
+    nvrtc.getSupportedArchs = lambda: [75, 80, 86, 89, 90, 100, 120]
+    nvrtc.createProgram = nvrtc.compileProgram = nvrtc.destroyProgram = lambda *_: None
+    nvrtc.getCUBIN = lambda program: cubin
+    sys.modules |= {"cupy": stub, "cupy.cuda": stub.cuda, "cupy.cuda.nvrtc": nvrtc}
+    return empty, f"CuPy {real.__version__} arrays" if real else "stand-ins for arrays: CuPy is not installed"
+
+
+# ------------------------------------------------------------------------------------------------ the figures
+
+
+def shortest(call: Callable[[], Any], loops: int, repeats: int) -> float:
+    """Microseconds of one call: the shortest mean of `loops` in a row."""
+    call()
+    return min(timeit.repeat(call, number=loops, repeat=repeats, timer=time.process_time)) / loops * 1e6
+
+
+def first_calls(prepare: Callable[[int], Callable[[], Any]], repeats: int) -> float:
+    """Microseconds of a call that is the first of its shape, the median of many shapes."""
+    taken = []
+    for number in range(repeats):
+        call = prepare(number)
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken)) * 1e6
+
+
+def measure(repeats: int) -> tuple[list[Figure], str]:
+    empty, arrays = install()
+    from cuconv import layers, ops
+    from cuconv.cuda import cubins, runtime
+
+    folder = tempfile.TemporaryDirectory(prefix="cuconv-overhead-")
+    cache = cubins.Cubins(Path(folder.name))
+    runtime._runtimes[0] = runtime.CudaRuntime(0, cache)
+    x, w, bias, y = (empty(shape, "float32") for shape in ((8, 1024, 64), (3, 64, 64), (64,), (8, 1024, 64)))
+    options: dict[str, Any] = {"padding": "same", "activation": "relu"}
+    layer = layers.Conv1D(64, 3, **options)
+    layer(np.zeros((1, 8, 64), np.float32))
+    # A layer's weights follow its first input; here they are put on the GPU by hand.
+    layer.kernel, layer.bias, layer._home = w, bias, type(x)
+
+    def new_shape(number: int) -> Callable[[], Any]:
+        """A call with a length that nobody has asked for, in a process that has loaded no kernel."""
+        runtime._runtimes[0] = runtime.CudaRuntime(0, cubins.Cubins(Path(folder.name)))
+        ops._device_engine.cache_clear()
+        long = empty((8, 1000 + number, 64), "float32")
+        return lambda: ops.conv(long, w, bias, **options)
+
+    loops = 2000
+    figures = [
+        Figure("ops.conv, a shape seen before", shortest(lambda: ops.conv(x, w, bias, **options), loops, repeats), 6),
+        Figure("layers.Conv1D, a shape seen before", shortest(lambda: layer(x), loops, repeats), 12),
+    ]
+    if hasattr(ops, "prepare"):
+        prepared = ops.prepare("conv", x.shape, w.shape, bias.shape, **options)
+        figures.append(Figure("prepared, with out", shortest(lambda: prepared(x, w, bias, out=y), loops, repeats), 2))
+    new_shape(-1)()  # compiles, and loads the modules
+    figures.append(
+        Figure("first call of a shape, its kernel compiled before", first_calls(new_shape, 10 * repeats), 1000)
+    )
+    folder.cleanup()
+    return figures, arrays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--repeats", type=int, default=15, help="runs, of which the shortest counts")
+    options = parser.parse_args()
+    figures, arrays = measure(options.repeats)
+    report = {
+        "arrays": arrays,
+        "figures": [{**asdict(figure), "met": figure.met} for figure in figures],
+        "machine": machine(),
+    }
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(title=f"Time of the host for one call, the driver's left out ({arrays})")
+    for column in ("call", "microseconds", "goal", ""):
+        table.add_column(column, justify="left" if column in ("call", "") else "right")
+    for figure in figures:
+        met = "met" if figure.met else "missed"
+        table.add_row(figure.name, f"{figure.microseconds:.2f}", f"{figure.goal:g}", met)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
