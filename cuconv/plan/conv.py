@@ -123,7 +123,7 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
         ),
         **_launch(tile, width),
         reason=f"{tile}; {_why(tile, product, limits)}",
-        rejected=tuple(rejected),
+        rejected=rejected,
     )
 
 
@@ -204,7 +204,7 @@ def plan_kernel_grad(
         ),
         **_launch(tile, width),
         reason=f"{tile}; {splits} parts of {chunk} positions; {_why(tile, product, limits)}",
-        rejected=tuple(rejected),
+        rejected=rejected,
     )
     if splits == 1:
         return KernelGradPlan(grad, None, 0)

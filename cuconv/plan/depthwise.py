@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from cuconv.geometry import ConvShape
 from cuconv.plan.cost import L2_FACTOR
@@ -20,6 +21,7 @@ from cuconv.plan.depthwise_problem import (
     CARRIED_INPUTS,
     CARRIED_TAPS,
     CHEAP_ACTIVATIONS,
+    CHOICE_FACTOR,
     NO_AXIS,
     REGISTERS,
     SPECIAL_FACTOR,
@@ -29,12 +31,12 @@ from cuconv.plan.depthwise_problem import (
     constants_of,
     conversions_of,
     fastest,
-    fields_of,
     finishing_of,
     first_and_steps,
     inputs_of,
     launch_of,
     pitches_of,
+    predicted,
     problem_of,
     registers_of,
     require_step_one,
@@ -274,8 +276,11 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
     ]
     outer = math.prod(met_outer)
     widest, x_widest = widths_of(problem, aligned)
+    conversions, slots, finishing = conversions_of(element), slots_of(problem), finishing_of(activation, element)
+    rows_of_outputs = math.prod(axis.target for axis in problem.outer)
+    most_registers = REGISTERS if problem.limits.capability < (10, 0) else REGISTERS - 8
     rejected: list[str] = []
-    plans = []
+    candidates = []
     for width, outputs, chunk in walks(widest, x_widest, longest, met):
         x_width = width * x_widest // widest
         if not x_width:
@@ -287,59 +292,63 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
         if registers > REGISTERS_PER_THREAD - 24:
             rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
             continue
-        resident = 3 if registers <= (REGISTERS if problem.limits.capability < (10, 0) else REGISTERS - 8) else 2
+        resident = 3 if registers <= most_registers else 2
         groups = -(-longest // outputs)
         vectors = problem.target_channels // width
-        threads = problem.batch * vectors * problem.phases * groups * math.prod(axis.target for axis in problem.outer)
+        threads = problem.batch * vectors * problem.phases * groups * rows_of_outputs
         whole, single = divmod(met, chunk)
-        reads = whole * loads + single * inputs_of(outputs, 1, step)
+        reads = (whole * loads + single * inputs_of(outputs, 1, step)) * outer * summed
         fetches = (whole * chunk + single) * outer * summed
         products = outputs * fetches * width
-        accesses = (reads * outer * summed, fetches, outputs)
-        instructions: float = 120 + accesses[0] * (3 + x_width * conversions_of(element))
-        instructions += fetches * (2 + width * conversions_of(element)) + products * slots_of(problem)
-        instructions += outputs * (3 + width * finishing_of(activation, element))
-        moved = threads * element.bytes * (accesses[0] * x_width + (fetches + outputs) * width)
+        instructions: float = 120 + reads * (3 + x_width * conversions)
+        instructions += fetches * (2 + width * conversions) + products * slots
+        instructions += outputs * (3 + width * finishing)
         # What several threads read comes from the L2 cache for all but one.
         together = problem.outer[1].target if problem.first else max(1, THREADS // vectors)
         rows = min(together, problem.outer[1].target)  # of outputs in a block, whose inputs overlap in L1
         fresh = inputs_of(rows, met_outer[1], 1 if problem.transposed else problem.outer[1].stride) / rows
         passed = threads * inputs_of(outputs, met, step) * met_outer[0] * fresh * summed * x_width * element.bytes
         again = max(0.0, passed - problem.source_size * element.bytes)
-        plans.append(
-            launch_of(
-                problem,
-                "depthwise",
-                constants_of(
-                    problem,
-                    activation,
-                    CHANNELS_FIRST=int(problem.first),
-                    TRANSPOSED=int(problem.transposed),
-                    VEC=width,
-                    XV=x_width,
-                    TP=outputs,
-                    KC=chunk,
-                    SG=step,
-                    BLOCKS=resident,
-                ),
-                (
-                    threads,
-                    vectors,
-                    problem.multiplier,
-                    problem.phases,
-                    groups,
-                    *pitches_of(problem),
-                    *fields_of(problem.axes),
-                ),
-                threads=threads,
-                walked=outputs,
-                registers=registers if resident == 3 else REGISTERS_PER_THREAD,
-                instructions=instructions,
-                moved=moved,
-                dram=problem.least_bytes + again / L2_FACTOR,
-                flops=max(threads * products, problem.products),
-                reason=f"{outputs} outputs of {width} channels a thread, {chunk} taps at a time",
-            )
-        )
-    best = fastest(plans)
-    return dataclasses.replace(best, rejected=tuple(rejected[:4]))
+        cost: dict[str, Any] = {
+            "threads": threads,
+            "registers": registers if resident == 3 else REGISTERS_PER_THREAD,
+            "instructions": instructions,
+            "moved": threads * element.bytes * (reads * x_width + (fetches + outputs) * width),
+            "dram": problem.least_bytes + again / L2_FACTOR,
+        }
+        chosen = (width, x_width, outputs, chunk, resident, vectors, groups, products)
+        candidates.append((predicted(problem.limits, **cost), chosen, cost))
+    # As `fastest`, before the launches are made: there are dozens.
+    least = min(seconds for seconds, _, _ in candidates)
+    _, chosen, cost = next(each for each in candidates if each[0] <= CHOICE_FACTOR * least)
+    width, x_width, outputs, chunk, resident, vectors, groups, products = chosen
+    plan = launch_of(
+        problem,
+        "depthwise",
+        constants_of(
+            problem,
+            activation,
+            CHANNELS_FIRST=int(problem.first),
+            TRANSPOSED=int(problem.transposed),
+            VEC=width,
+            XV=x_width,
+            TP=outputs,
+            KC=chunk,
+            SG=step,
+            BLOCKS=resident,
+        ),
+        (
+            cost["threads"],
+            vectors,
+            problem.multiplier,
+            problem.phases,
+            groups,
+            *pitches_of(problem),
+            *problem.fields,
+        ),
+        walked=outputs,
+        flops=max(cost["threads"] * products, problem.products),
+        reason=f"{outputs} outputs of {width} channels a thread, {chunk} taps at a time",
+        **cost,
+    )
+    return dataclasses.replace(plan, rejected=tuple(rejected[:4]))

@@ -14,11 +14,13 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from cuconv.geometry import ConvShape
 from cuconv.plan.depthwise_problem import (
     BLOCKS_PER_MULTIPROCESSOR,
     CARRIED_TAPS,
+    CHOICE_FACTOR,
     NO_AXIS,
     REGISTERS,
     THREADS,
@@ -27,10 +29,10 @@ from cuconv.plan.depthwise_problem import (
     constants_of,
     conversions_of,
     fastest,
-    fields_of,
     inputs_of,
     launch_of,
     pitches_of,
+    predicted,
     problem_of,
     registers_of,
     slots_of,
@@ -120,8 +122,11 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tup
     walk, element = problem.walk, problem.element
     step, words, longest = problem.step, words_of(element), -(-walk.target // problem.phases)
     widest, x_widest = widths_of(problem, (aligned[0], 0, aligned[1]))
+    conversions, slots = conversions_of(element), slots_of(problem)
+    taps = math.prod(axis.taps for axis in problem.outer)
+    rows_of_outputs = math.prod(axis.target for axis in problem.outer)
     rejected: list[str] = []
-    plans = []
+    candidates = []
     for width, outputs, chunk in walks(widest, x_widest, longest, walk.taps):
         x_width = width * x_widest // widest
         if not x_width:
@@ -139,25 +144,41 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tup
         vectors = problem.filters // width
         lanes = 1 if problem.first else min(WARP, 1 << (vectors - 1).bit_length())
         tiles, chunks = -(-vectors // lanes), -(-walk.taps // chunk)
-        taps = math.prod(axis.taps for axis in problem.outer)
         groups = -(-longest // outputs)
-        units = problem.batch * problem.phases * groups * math.prod(axis.target for axis in problem.outer)
+        units = problem.batch * problem.phases * groups * rows_of_outputs
         splits, share = _splits(problem, tiles * chunks * taps, units, THREADS // lanes, workspace)
         blocks = splits * tiles * chunks * taps
-        turns = -(-share // (THREADS // lanes))
-        instructions = (
-            150
-            + (chunk + 1) * 40
-            + turns
-            * (
-                100
-                + loads * (4 + x_width * conversions_of(element))
-                + outputs * (3 + width * conversions_of(element))
-                + outputs * chunk * width * slots_of(problem)
-            )
-        )
-        moved = blocks * share * lanes * element.bytes * (loads * x_width + outputs * width)
-        integers = (
+        turn = 100 + loads * (4 + x_width * conversions) + outputs * (3 + width * (conversions + chunk * slots))
+        cost: dict[str, Any] = {
+            "threads": blocks * THREADS,
+            "registers": registers,
+            "instructions": 150 + (chunk + 1) * 40 + -(-share // (THREADS // lanes)) * turn,
+            "moved": blocks * share * lanes * element.bytes * (loads * x_width + outputs * width),
+            # Blocks for other taps read the same again, from the L2 cache if they run together.
+            "dram": problem.least_bytes * (1 + (chunks * taps - 1) // 4) + 2 * splits * problem.weights * 4,
+            "shared": THREADS * width * element.sum_bytes,
+        }
+        chosen = (width, x_width, outputs, chunk, lanes, vectors, tiles, chunks, groups, units, splits, share, blocks)
+        candidates.append((predicted(problem.limits, **cost), chosen, cost))
+    # As `fastest`, before the launches are made: there are dozens.
+    least = min(seconds for seconds, _, _ in candidates)
+    _, chosen, cost = next(each for each in candidates if each[0] <= CHOICE_FACTOR * least)
+    width, x_width, outputs, chunk, lanes, vectors, tiles, chunks, groups, units, splits, share, blocks = chosen
+    plan = launch_of(
+        problem,
+        "depthwise_grad",
+        constants_of(
+            problem,
+            None,
+            CHANNELS_FIRST=int(problem.first),
+            VEC=width,
+            XV=x_width,
+            TX=lanes,
+            TP=outputs,
+            KC=chunk,
+            SG=step,
+        ),
+        (
             vectors,
             tiles,
             problem.multiplier,
@@ -169,35 +190,15 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tup
             problem.phases,
             groups,
             *pitches_of(problem),
-            *fields_of(problem.axes),
-        )
-        plans.append(
-            (
-                launch_of(
-                    problem,
-                    "depthwise_grad",
-                    constants_of(
-                        problem, None, CHANNELS_FIRST=int(problem.first), VEC=width, XV=x_width, TX=lanes, TP=outputs,
-                        KC=chunk, SG=step,
-                    ),
-                    integers,
-                    threads=blocks * THREADS,
-                    walked=outputs,
-                    registers=registers,
-                    shared=THREADS * width * element.sum_bytes,
-                    instructions=instructions,
-                    moved=moved,
-                    # Blocks for other taps read the same again, from the L2 cache if they run together.
-                    dram=problem.least_bytes * (1 + (chunks * taps - 1) // 4) + 2 * splits * problem.weights * 4,
-                    flops=blocks * share * lanes * outputs * chunk * width,
-                    reason=f"{splits} parts of {share} units of {outputs} outputs of {width} channels, "
-                    f"{chunk} taps at a time",
-                    extents=(splits * problem.weights, units + share),
-                ),
-                splits,
-            )
-        )  # fmt: skip
-    return _fastest_grad(plans, rejected)
+            *problem.fields,
+        ),
+        walked=outputs,
+        flops=blocks * share * lanes * outputs * chunk * width,
+        reason=f"{splits} parts of {share} units of {outputs} outputs of {width} channels, {chunk} taps at a time",
+        extents=(splits * problem.weights, units + share),
+        **cost,
+    )
+    return dataclasses.replace(plan, rejected=tuple(rejected[:4])), splits
 
 
 def plan_grads(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:

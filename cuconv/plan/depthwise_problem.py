@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.cost import LAUNCH_SECONDS
@@ -84,77 +85,82 @@ class Problem:
     element: Element
     limits: DeviceLimits
 
-    @property
+    @cached_property
     def multiplier(self) -> int:
         """Output channels of an input channel."""
         return self.filters // self.channels
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Axis, Axis, Axis]:
         """All axes; those that the shape does not have are 1 long."""
         return (self.walk, *self.outer)
 
-    @property
+    @cached_property
     def source_positions(self) -> int:
         """Of a batch item."""
         return math.prod(axis.source for axis in self.axes)
 
-    @property
+    @cached_property
     def target_positions(self) -> int:
         """Of a batch item."""
         return math.prod(axis.target for axis in self.axes)
 
-    @property
+    @cached_property
     def source_channels(self) -> int:
         """Channels of the array that is read."""
         return self.filters if self.transposed else self.channels
 
-    @property
+    @cached_property
     def target_channels(self) -> int:
         """Channels of the array that is written."""
         return self.channels if self.transposed else self.filters
 
-    @property
+    @cached_property
     def source_size(self) -> int:
         """Elements."""
         return self.batch * self.source_positions * self.source_channels
 
-    @property
+    @cached_property
     def target_size(self) -> int:
         """Elements."""
         return self.batch * self.target_positions * self.target_channels
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Elements of w."""
         return math.prod(axis.taps for axis in self.axes) * self.filters
 
-    @property
+    @cached_property
     def phases(self) -> int:
         """Phases of the walked axis."""
         walk = self.walk
         return walk.dilation // walk.common * (walk.stride if self.transposed else 1)
 
-    @property
+    @cached_property
     def step(self) -> int:
         """Source steps from one output of a phase to the next."""
         return 1 if self.transposed else self.walk.stride // self.walk.common
 
-    @property
+    @cached_property
     def products(self) -> int:
         """Multiply-adds of real or complex numbers; those with padding are counted."""
         positions = self.source_positions if self.transposed else self.target_positions
         return self.batch * positions * self.weights
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Operations that the definition needs."""
         return self.products * (8 if self.element.is_complex else 2)
 
-    @property
+    @cached_property
     def least_bytes(self) -> int:
         """Every array once."""
         return (self.source_size + self.target_size + self.weights) * self.element.bytes
+
+    @cached_property
+    def fields(self) -> tuple[int, ...]:
+        """The integers of struct Axis of every axis, one after the other."""
+        return tuple(value for axis in self.axes for value in dataclasses.astuple(axis))
 
     def index_bytes(self, walked: int, *others: int) -> int:
         """Of the kernel's Index; a thread takes `walked` outputs, whose last may lie behind the end."""
@@ -293,12 +299,6 @@ def pitches_of(problem: Problem) -> tuple[int, int, int, int]:
     return (*batches, problem.source_positions, problem.target_positions) if problem.first else (*batches, 1, 1)
 
 
-def fields_of(axes: Iterable[Axis]) -> Iterator[int]:
-    """The integers of struct Axis of every axis, one after the other."""
-    for axis in axes:
-        yield from dataclasses.astuple(axis)
-
-
 def constants_of(problem: Problem, activation: str | None, **constants: int) -> tuple[tuple[str, int | str], ...]:
     """The constants that every kernel has, and `constants`."""
     fused = () if activation is None else (("ACTIVATION", ACTIVATION_CODES[activation]),)
@@ -332,17 +332,10 @@ def launch_of(
         moved: bytes through the L1 caches; `dram`: through the memory.
         flops: multiply-adds of real or complex numbers that are done.
     """
-    limits, element = problem.limits, problem.element
+    element = problem.element
     blocks = -(-threads // THREADS)
     width = problem.index_bytes(walked, blocks * THREADS, *extents, *integers)
-    resident = resident_blocks(limits, registers, shared)
-    blocks_each = blocks / limits.multiprocessors
-    # Two blocks, each thread with 8 loads of 16 bytes on their way, keep the memory busy; fewer at the end do not.
-    busy = min(resident, 2)
-    memory = dram / limits.bandwidth * max(1 + 0.25 * busy / blocks_each, busy / blocks_each)
-    issued = limits.fp32_rate / 2  # instructions of a thread a second: one where a fused multiply-add could be
-    cores = max(moved / (limits.fp32_rate / 4), blocks * THREADS * instructions / issued)
-    seconds = max(memory, cores * math.ceil(blocks_each) / blocks_each)
+    seconds = predicted(problem.limits, threads, registers, instructions, moved, dram, shared)
     least_flops, least_bytes = least or (problem.flops, problem.least_bytes)
     return LaunchPlan(
         kernel=kernel,
@@ -354,8 +347,28 @@ def launch_of(
         shared_bytes=shared,
         registers=registers,
         reason=reason,
-        cost=Cost(flops * (8 if element.is_complex else 2), least_flops, moved, least_bytes, seconds + LAUNCH_SECONDS),
+        cost=Cost(flops * (8 if element.is_complex else 2), least_flops, moved, least_bytes, seconds),
     )
+
+
+def predicted(
+    limits: DeviceLimits,
+    threads: int,
+    registers: int,
+    instructions: float,
+    moved: int,
+    dram: float,
+    shared: int = 0,
+) -> float:
+    """Seconds of a launch; arguments as :func:`launch_of`."""
+    blocks = -(-threads // THREADS)
+    blocks_each = blocks / limits.multiprocessors
+    # Two blocks, each thread with 8 loads of 16 bytes on their way, keep the memory busy; fewer at the end do not.
+    busy = min(resident_blocks(limits, registers, shared), 2)
+    memory = dram / limits.bandwidth * max(1 + 0.25 * busy / blocks_each, busy / blocks_each)
+    issued = limits.fp32_rate / 2  # instructions of a thread a second: one where a fused multiply-add could be
+    cores = max(moved / (limits.fp32_rate / 4), blocks * THREADS * instructions / issued)
+    return max(memory, cores * math.ceil(blocks_each) / blocks_each) + LAUNCH_SECONDS
 
 
 def resident_blocks(limits: DeviceLimits, registers: int, shared: int = 0) -> int:

@@ -10,6 +10,7 @@ The model. A launch takes as long as its busiest multiprocessor, or as the memor
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
@@ -138,7 +139,10 @@ class Operands:
     least_bytes: int
 
 
-def choose_tile(product: Product, element: Element, operands: Operands, limits: DeviceLimits) -> tuple[Tile, list[str]]:
+@functools.lru_cache(maxsize=4096)  # the phases of a transposed convolution differ little
+def choose_tile(
+    product: Product, element: Element, operands: Operands, limits: DeviceLimits
+) -> tuple[Tile, tuple[str, ...]]:
     """The tile with the lowest predicted time, and why the others lost.
 
     Raises:
@@ -157,7 +161,7 @@ def choose_tile(product: Product, element: Element, operands: Operands, limits: 
             lost.append(_slower(tile, best))
     if best is None:
         raise PlanError(f"no tile fits {limits.name}: " + "; ".join(lost))
-    return best, lost
+    return best, tuple(lost)
 
 
 def _slower(loser: Tile, winner: Tile) -> str:

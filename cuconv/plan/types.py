@@ -97,7 +97,7 @@ class DeviceLimits:
     fp16_rate: float = 0.0  # of the tensor cores, 16-bit products summed in fp32, no sparsity
     tf32_rate: float = 0.0  # of the tensor cores
 
-    @property
+    @cached_property
     def capability(self) -> tuple[int, int]:
         """Major and minor compute capability."""
         number = int(self.arch.removeprefix("sm_").rstrip("af"))
