@@ -44,11 +44,16 @@ PROPERTIES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure, and the most it should be."""
+    """One figure, and the most it should be.
+
+    Attributes:
+        calls: of functions, in Python and in C; the same on every machine. Counted for repeated calls.
+    """
 
     name: str
     microseconds: float
     goal: float
+    calls: int | None = None
 
     @property
     def met(self) -> bool:
@@ -153,15 +158,24 @@ def shortest(call: Callable[[], Any], loops: int, repeats: int) -> float:
     return min(timeit.repeat(call, number=loops, repeat=repeats, timer=time.process_time)) / loops * 1e6
 
 
-def first_calls(prepare: Callable[[int], Callable[[], Any]], repeats: int) -> float:
-    """Microseconds of a call that is the first of its shape, the median of many shapes."""
-    taken = []
-    for number in range(repeats):
-        call = prepare(number)
-        start = time.perf_counter()
+def calls_in(call: Callable[[], Any]) -> int:
+    """How many functions a call calls, itself left out."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
         call()
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken)) * 1e6
+    finally:
+        sys.setprofile(None)
+    return count - 2  # `call`, and the one that ends this
+
+
+def repeated(name: str, call: Callable[[], Any], goal: float, repeats: int) -> Figure:
+    return Figure(name, shortest(call, 2000, repeats), goal, calls_in(call))
 
 
 def measure(repeats: int) -> tuple[list[Figure], str]:
@@ -179,25 +193,37 @@ def measure(repeats: int) -> tuple[list[Figure], str]:
     # A layer's weights follow its first input; here they are put on the GPU by hand.
     layer.kernel, layer.bias, layer._home = w, bias, type(x)
 
-    def new_shape(number: int) -> Callable[[], Any]:
-        """A call with a length that nobody has asked for, in a process that has loaded no kernel."""
-        runtime._runtimes[0] = runtime.CudaRuntime(0, cubins.Cubins(Path(folder.name)))
-        ops._device_engine.cache_clear()
-        long = empty((8, 1000 + number, 64), "float32")
-        return lambda: ops.conv(long, w, bias, **options)
+    def first(call: Callable[[int], Any]) -> float:
+        """Microseconds of a call with a length nobody asked for, in a process that has loaded no kernel; the median."""
+        taken = []
+        for number in range(-1, 10 * repeats):  # at -1 modules are loaded and kernels compiled
+            runtime._runtimes[0] = runtime.CudaRuntime(0, cubins.Cubins(Path(folder.name)))
+            ops._device_engine.cache_clear()
+            start = time.process_time()
+            call(1000 + number)
+            taken.append(time.process_time() - start)
+        return float(np.median(taken[1:])) * 1e6
 
-    loops = 2000
+    def conv(length: int) -> Any:
+        return ops.conv(empty((8, length, 64), "float32"), w, bias, **options)
+
+    def transpose(length: int) -> Any:
+        return ops.conv_transpose(empty((8, length, 64), "float32"), up, strides=8, padding="same")
+
+    def depthwise(length: int) -> Any:
+        x = empty((8, length, 64), "float32")
+        return ops.depthwise_conv_grad(x, taps, x, padding="same")
+
+    up, taps = empty((16, 32, 64), "float32"), empty((31, 64, 1), "float32")
+    prepared = ops.prepare("conv", x.shape, w.shape, bias.shape, **options)
     figures = [
-        Figure("ops.conv, a shape seen before", shortest(lambda: ops.conv(x, w, bias, **options), loops, repeats), 6),
-        Figure("layers.Conv1D, a shape seen before", shortest(lambda: layer(x), loops, repeats), 12),
+        repeated("ops.conv, a shape seen before", lambda: ops.conv(x, w, bias, **options), 6, repeats),
+        repeated("layers.Conv1D, a shape seen before", lambda: layer(x), 12, repeats),
+        repeated("prepared, with out", lambda: prepared(x, w, bias, out=y), 2, repeats),
+        Figure("conv, first of its shape, compiled before", first(conv), 1000),
+        Figure("conv_transpose k16 s8, first of its shape", first(transpose), 1000),
+        Figure("depthwise_conv_grad k31, first of its shape", first(depthwise), 1000),
     ]
-    if hasattr(ops, "prepare"):
-        prepared = ops.prepare("conv", x.shape, w.shape, bias.shape, **options)
-        figures.append(Figure("prepared, with out", shortest(lambda: prepared(x, w, bias, out=y), loops, repeats), 2))
-    new_shape(-1)()  # compiles, and loads the modules
-    figures.append(
-        Figure("first call of a shape, its kernel compiled before", first_calls(new_shape, 10 * repeats), 1000)
-    )
     folder.cleanup()
     return figures, arrays
 
@@ -217,11 +243,14 @@ def main() -> None:
         print(json.dumps(report, indent=2))
         return
     table = Table(title=f"Time of the host for one call, the driver's left out ({arrays})")
-    for column in ("call", "microseconds", "goal", ""):
-        table.add_column(column, justify="left" if column in ("call", "") else "right")
+    table.add_column("call")
+    for column in ("microseconds", "goal", "functions called"):
+        table.add_column(column, justify="right")
+    table.add_column("")
     for figure in figures:
-        met = "met" if figure.met else "missed"
-        table.add_row(figure.name, f"{figure.microseconds:.2f}", f"{figure.goal:g}", met)
+        called = "-" if figure.calls is None else str(figure.calls)
+        took = f"{figure.microseconds:.{0 if figure.microseconds > 100 else 2}f}"
+        table.add_row(figure.name, took, f"{figure.goal:g}", called, "met" if figure.met else "missed")
     Console().print(table)
 
 

@@ -160,6 +160,7 @@ def _device_count(cupy: Any) -> int:
     return count
 
 
+@functools.cache
 def kernel_directory() -> Path:
     """The folder of the CUDA sources: beside the installed package, or in the checkout.
 

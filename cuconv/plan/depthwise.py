@@ -28,6 +28,7 @@ from cuconv.plan.depthwise_problem import (
     THREADS,
     Problem,
     checked,
+    chunks_of,
     constants_of,
     conversions_of,
     fastest,
@@ -281,43 +282,39 @@ def plan_walk(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
     most_registers = REGISTERS if problem.limits.capability < (10, 0) else REGISTERS - 8
     rejected: list[str] = []
     candidates = []
-    for width, outputs, chunk in walks(widest, x_widest, longest, met):
-        x_width = width * x_widest // widest
-        if not x_width:
-            continue
-        loads = inputs_of(outputs, chunk, step)
-        # All inputs of a step may be on their way at once, with an address each.
-        in_flight = loads * (x_width * element.bytes / 4 + 2)
-        registers = registers_of("depthwise", (outputs + chunk) * width * words, in_flight)
-        if registers > REGISTERS_PER_THREAD - 24:
-            rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
-            continue
-        resident = 3 if registers <= most_registers else 2
+    fetches = met * outer * summed
+    for width, x_width, outputs in walks(widest, x_widest, longest):
         groups = -(-longest // outputs)
         vectors = problem.target_channels // width
         threads = problem.batch * vectors * problem.phases * groups * rows_of_outputs
-        whole, single = divmod(met, chunk)
-        reads = (whole * loads + single * inputs_of(outputs, 1, step)) * outer * summed
-        fetches = (whole * chunk + single) * outer * summed
         products = outputs * fetches * width
-        instructions: float = 120 + reads * (3 + x_width * conversions)
-        instructions += fetches * (2 + width * conversions) + products * slots
-        instructions += outputs * (3 + width * finishing)
+        beside_reads: float = 120 + fetches * (2 + width * conversions) + products * slots
+        beside_reads += outputs * (3 + width * finishing)
         # What several threads read comes from the L2 cache for all but one.
         together = problem.outer[1].target if problem.first else max(1, THREADS // vectors)
         rows = min(together, problem.outer[1].target)  # of outputs in a block, whose inputs overlap in L1
         fresh = inputs_of(rows, met_outer[1], 1 if problem.transposed else problem.outer[1].stride) / rows
         passed = threads * inputs_of(outputs, met, step) * met_outer[0] * fresh * summed * x_width * element.bytes
         again = max(0.0, passed - problem.source_size * element.bytes)
-        cost: dict[str, Any] = {
-            "threads": threads,
-            "registers": registers if resident == 3 else REGISTERS_PER_THREAD,
-            "instructions": instructions,
-            "moved": threads * element.bytes * (reads * x_width + (fetches + outputs) * width),
-            "dram": problem.least_bytes + again / L2_FACTOR,
-        }
-        chosen = (width, x_width, outputs, chunk, resident, vectors, groups, products)
-        candidates.append((predicted(problem.limits, **cost), chosen, cost))
+        for chunk in chunks_of(met):
+            loads = inputs_of(outputs, chunk, step)
+            # All inputs of a step may be on their way at once, with an address each.
+            in_flight = loads * (x_width * element.bytes / 4 + 2)
+            registers = registers_of("depthwise", (outputs + chunk) * width * words, in_flight)
+            if registers > REGISTERS_PER_THREAD - 24:
+                rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
+                continue
+            resident = 3 if registers <= most_registers else 2
+            reads = (met // chunk * loads + met % chunk * inputs_of(outputs, 1, step)) * outer * summed
+            cost: dict[str, Any] = {
+                "threads": threads,
+                "registers": registers if resident == 3 else REGISTERS_PER_THREAD,
+                "instructions": beside_reads + reads * (3 + x_width * conversions),
+                "moved": threads * element.bytes * (reads * x_width + (fetches + outputs) * width),
+                "dram": problem.least_bytes + again / L2_FACTOR,
+            }
+            chosen = (width, x_width, outputs, chunk, resident, vectors, groups, products)
+            candidates.append((predicted(problem.limits, **cost), chosen, cost))
     # As `fastest`, before the launches are made: there are dozens.
     least = min(seconds for seconds, _, _ in candidates)
     _, chosen, cost = next(each for each in candidates if each[0] <= CHOICE_FACTOR * least)

@@ -26,6 +26,7 @@ from cuconv.plan.depthwise_problem import (
     THREADS,
     Problem,
     checked,
+    chunks_of,
     constants_of,
     conversions_of,
     fastest,
@@ -127,43 +128,41 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tup
     rows_of_outputs = math.prod(axis.target for axis in problem.outer)
     rejected: list[str] = []
     candidates = []
-    for width, outputs, chunk in walks(widest, x_widest, longest, walk.taps):
-        x_width = width * x_widest // widest
-        if not x_width:
-            continue
-        loads = inputs_of(outputs, chunk, step)
-        registers = registers_of(
-            "depthwise_grad",
-            (outputs + chunk + 1) * width * words,
-            0,
-            (min(loads, 12) * x_width + outputs * width / 2) * element.bytes / 4,
-        )
-        if registers > REGISTERS:
-            rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
-            continue
+    for width, x_width, outputs in walks(widest, x_widest, longest):
         vectors = problem.filters // width
         lanes = 1 if problem.first else min(WARP, 1 << (vectors - 1).bit_length())
-        tiles, chunks = -(-vectors // lanes), -(-walk.taps // chunk)
-        groups = -(-longest // outputs)
+        tiles, groups = -(-vectors // lanes), -(-longest // outputs)
         units = problem.batch * problem.phases * groups * rows_of_outputs
-        splits, share = _splits(problem, tiles * chunks * taps, units, THREADS // lanes, workspace)
-        blocks = splits * tiles * chunks * taps
-        turn = 100 + loads * (4 + x_width * conversions) + outputs * (3 + width * (conversions + chunk * slots))
-        cost: dict[str, Any] = {
-            "threads": blocks * THREADS,
-            "registers": registers,
-            "instructions": 150 + (chunk + 1) * 40 + -(-share // (THREADS // lanes)) * turn,
-            "moved": blocks * share * lanes * element.bytes * (loads * x_width + outputs * width),
-            # Blocks for other taps read the same again, from the L2 cache if they run together.
-            "dram": problem.least_bytes * (1 + (chunks * taps - 1) // 4) + 2 * splits * problem.weights * 4,
-            "shared": THREADS * width * element.sum_bytes,
-        }
-        chosen = (width, x_width, outputs, chunk, lanes, vectors, tiles, chunks, groups, units, splits, share, blocks)
-        candidates.append((predicted(problem.limits, **cost), chosen, cost))
+        for chunk in chunks_of(walk.taps):
+            loads = inputs_of(outputs, chunk, step)
+            registers = registers_of(
+                "depthwise_grad",
+                (outputs + chunk + 1) * width * words,
+                0,
+                (min(loads, 12) * x_width + outputs * width / 2) * element.bytes / 4,
+            )
+            if registers > REGISTERS:
+                rejected.append(f"{outputs} outputs of {width} channels, {chunk} taps: about {registers} registers")
+                continue
+            chunks = -(-walk.taps // chunk)
+            splits, share = _splits(problem, tiles * chunks * taps, units, THREADS // lanes, workspace)
+            blocks = splits * tiles * chunks * taps
+            turn = 100 + loads * (4 + x_width * conversions) + outputs * (3 + width * (conversions + chunk * slots))
+            cost: dict[str, Any] = {
+                "threads": blocks * THREADS,
+                "registers": registers,
+                "instructions": 150 + (chunk + 1) * 40 + -(-share // (THREADS // lanes)) * turn,
+                "moved": blocks * share * lanes * element.bytes * (loads * x_width + outputs * width),
+                # Blocks for other taps read the same again, from the L2 cache if they run together.
+                "dram": problem.least_bytes * (1 + (chunks * taps - 1) // 4) + 2 * splits * problem.weights * 4,
+                "shared": THREADS * width * element.sum_bytes,
+            }
+            chosen = (width, x_width, outputs, chunk, lanes, vectors, tiles, chunks, groups, units, splits, share)
+            candidates.append((predicted(problem.limits, **cost), chosen, cost))
     # As `fastest`, before the launches are made: there are dozens.
     least = min(seconds for seconds, _, _ in candidates)
     _, chosen, cost = next(each for each in candidates if each[0] <= CHOICE_FACTOR * least)
-    width, x_width, outputs, chunk, lanes, vectors, tiles, chunks, groups, units, splits, share, blocks = chosen
+    width, x_width, outputs, chunk, lanes, vectors, tiles, chunks, groups, units, splits, share = chosen
     plan = launch_of(
         problem,
         "depthwise_grad",
@@ -193,7 +192,7 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tup
             *problem.fields,
         ),
         walked=outputs,
-        flops=blocks * share * lanes * outputs * chunk * width,
+        flops=cost["threads"] // THREADS * share * lanes * outputs * chunk * width,
         reason=f"{splits} parts of {share} units of {outputs} outputs of {width} channels, {chunk} taps at a time",
         extents=(splits * problem.weights, units + share),
         **cost,
@@ -219,7 +218,7 @@ def plan_grads(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tu
     longest = -(-max(walk.source + walk.pad, walk.target) // walk.dilation)
     rejected: list[str] = []
     plans = []
-    for width, outputs, _ in walks(widest, widest, longest, 1):
+    for width, _, outputs in walks(widest, widest, longest):
         inputs = outputs + taps - 1
         registers = registers_of(
             "depthwise_grads", (2 * taps + inputs + 1) * width * words, 0, inputs * width * element.bytes / 4

@@ -7,7 +7,6 @@ have nothing left at the end wait for the others.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from functools import cached_property
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.cost import LAUNCH_SECONDS
-from cuconv.plan.occupancy import occupancy
+from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
@@ -160,7 +159,7 @@ class Problem:
     @cached_property
     def fields(self) -> tuple[int, ...]:
         """The integers of struct Axis of every axis, one after the other."""
-        return tuple(value for axis in self.axes for value in dataclasses.astuple(axis))
+        return tuple(value for axis in self.axes for value in vars(axis).values())
 
     def index_bytes(self, walked: int, *others: int) -> int:
         """Of the kernel's Index; a thread takes `walked` outputs, whose last may lie behind the end."""
@@ -373,7 +372,7 @@ def predicted(
 
 def resident_blocks(limits: DeviceLimits, registers: int, shared: int = 0) -> int:
     """Blocks that a multiprocessor holds, at least one."""
-    return max(1, occupancy(limits, THREADS, registers, shared).blocks)
+    return max(1, min(resident(limits, THREADS, registers, shared)))
 
 
 def seconds_of(plan: LaunchPlan) -> float:
@@ -387,16 +386,19 @@ def fastest(plans: list[LaunchPlan], factor: float = CHOICE_FACTOR) -> LaunchPla
     return next(plan for plan in plans if seconds_of(plan) <= factor * least)
 
 
-def walks(widest: int, x_widest: int, longest: int, taps: int) -> Iterator[tuple[int, int, int]]:
-    """Candidates: channels and outputs of a thread, taps at a time."""
-    width = widest
-    while width and width >= widest // 2:
-        if width * x_widest % widest == 0:
+def walks(widest: int, x_widest: int, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Candidates: channels of the target and of the source that a thread has, and its outputs."""
+    for width in (widest, widest // 2):
+        x_width, odd = divmod(width * x_widest, widest)
+        if x_width and not odd:
             for outputs in (8, 4, 16, 2, 1):
                 if outputs == 1 or outputs < 2 * longest:
-                    for chunk in range(min(CARRIED_TAPS, taps), 0, -1):
-                        yield width, outputs, chunk
-        width //= 2
+                    yield width, x_width, outputs
+
+
+def chunks_of(taps: int) -> range:
+    """Candidates: taps at a time."""
+    return range(min(CARRIED_TAPS, taps), 0, -1)
 
 
 def checked(plan: LaunchPlan) -> LaunchPlan:

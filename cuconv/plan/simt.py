@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass
 
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
-from cuconv.plan.occupancy import occupancy
+from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     INT32_MAX,
     REGISTERS_PER_THREAD,
@@ -277,9 +277,9 @@ def _cost(
     reads = BK * (tm + tn) * element.sum_bytes // VECTOR_BYTES
     loads = bm * BK // (operands.vector_x * threads) + bn * BK // (operands.vector_w * threads)
     share = multiplies / (multiplies + reads + 12 * loads + 24)
-    resident = occupancy(limits, threads, registers, shared_bytes).blocks
+    held = min(resident(limits, threads, registers, shared_bytes))
     busiest = -(-blocks // limits.multiprocessors)
-    warps = min(busiest, max(1, resident)) * threads / WARP
+    warps = min(busiest, max(1, held)) * threads / WARP
     compute = busiest * done / max(1, blocks) / (rate * share * min(1.0, warps / LATENCY_WARPS))
     moved = blocks * steps * BK * (bm + bn) * element.bytes
     partial = 2 * product.m * product.n * product.groups * splits * element.sum_bytes
