@@ -291,10 +291,10 @@ def _compare(case: Case, place: Place, number: int) -> tuple[float, str | None]:
     dtype = DTYPES[case.dtype]
     scales = [case.scale] + [1.0] * (len(case.shapes) - 1)
     arrays = [
-        None if shape is None else _random(rng, shape, dtype, scale)
+        None if shape is None else random(rng, shape, dtype, scale)
         for shape, scale in zip(case.shapes, scales, strict=True)
     ]
-    wide = [None if array is None else array.astype(_wide(dtype)) for array in arrays]
+    wide = [None if array is None else array.astype(wide_dtype(dtype)) for array in arrays]
     operation: Callable[..., Any] = getattr(ops, case.operation)
     expected = _all(operation(*wide, *case.more, **case.options))
     keywords = dict(case.options)
@@ -307,7 +307,7 @@ def _compare(case: Case, place: Place, number: int) -> tuple[float, str | None]:
     for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         if theirs is None:
             continue
-        share, wrong = _difference(case, ours, theirs, slack[index])
+        share, wrong = difference(case, ours, theirs, slack[index])
         worst, problem = max(worst, share), problem or wrong
     return worst, problem
 
@@ -316,11 +316,13 @@ def _all(results: Any) -> tuple[Any, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _wide(dtype: np.dtype) -> np.dtype:
+def wide_dtype(dtype: np.dtype) -> np.dtype:
+    """Double precision, complex where `dtype` is."""
     return np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
 
 
-def _random(rng: np.random.Generator, shape: Shape, dtype: np.dtype, scale: float) -> np.ndarray:
+def random(rng: np.random.Generator, shape: Shape, dtype: np.dtype, scale: float) -> np.ndarray:
+    """Numbers of a normal distribution, `scale` wide, rounded to `dtype`."""
     values = rng.normal(0, scale, shape)
     if dtype.kind == "c":
         values = values + 1j * rng.normal(0, scale, shape)
@@ -339,7 +341,8 @@ def _placed(array: np.ndarray, layout: str, place: Place) -> Array:
 
 
 @functools.cache
-def _eps(dtype: str) -> float:
+def eps(dtype: str) -> float:
+    """From 1 to the next larger number."""
     return float(ml_dtypes.finfo(DTYPES[dtype]).eps)
 
 
@@ -350,19 +353,19 @@ def _slack(case: Case, wide: Sequence[np.ndarray | None], expected: Sequence[Any
     if case.operation.startswith("separable"):  # half a unit of each value between the two convolutions
         sizes = [None if array is None else np.abs(array) for array in wide]
         moved = _all(getattr(ops, case.operation)(*sizes, *case.more, **case.options))
-        return [_eps(case.dtype) / 2 * size for size in moved]
+        return [eps(case.dtype) / 2 * size for size in moved]
     if case.operation == "conv_lstm_step":  # a gate passes on at most what enters it
         x, h, _, w, recurrent, bias = wide
         kind = {"data_format": case.options["data_format"], "padding": "same"}
         sums = ops.conv(x, w, bias, **kind) + ops.conv(h, recurrent, **kind)
-        return [LSTM_ROUNDINGS * _eps(case.dtype) * max(1.0, np.abs(sums).max())] * len(expected)
+        return [LSTM_ROUNDINGS * eps(case.dtype) * max(1.0, np.abs(sums).max())] * len(expected)
     if case.operation == "conv_lstm_step_grad":
         largest = [0.0 if each is None else max(1.0, float(np.abs(each).max())) for each in expected]
-        return [LSTM_ROUNDINGS * _eps(case.dtype) * each for each in largest]
+        return [LSTM_ROUNDINGS * eps(case.dtype) * each for each in largest]
     return [0.0] * len(expected)
 
 
-def _difference(case: Case, ours: Array, expected: np.ndarray, slack: Any) -> tuple[float, str | None]:
+def difference(case: Case, ours: Array, expected: np.ndarray, slack: Any) -> tuple[float, str | None]:
     """The largest error as a part of what is allowed, and what is wrong or None."""
     dtype = DTYPES[case.dtype]
     if ours.dtype != dtype or ours.shape != expected.shape:
@@ -374,9 +377,9 @@ def _difference(case: Case, ours: Array, expected: np.ndarray, slack: Any) -> tu
     if lost:
         return math.inf, f"{lost} of {actual.size} elements are not finite"
     scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
-    summed = _eps("float32") if dtype.itemsize == 2 else _eps(case.dtype)
+    summed = eps("float32") if dtype.itemsize == 2 else eps(case.dtype)
     # Twice rounded: as a sum, and when it is stored.
-    allowed = _eps(case.dtype) * np.abs(expected) + SAFETY * summed * math.sqrt(max(1, case.terms)) * scale + slack
+    allowed = eps(case.dtype) * np.abs(expected) + SAFETY * summed * math.sqrt(max(1, case.terms)) * scale + slack
     shares = np.abs(actual - expected) / allowed
     worst = float(shares.max(initial=0.0))
     if worst <= 1:

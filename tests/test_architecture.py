@@ -17,7 +17,8 @@ from cuconv.plan.types import ACTIVATION_CODES
 PACKAGE = Path(cuconv.__file__).parent
 
 # Every part may import itself and what stands below it; the helpers import nothing of cuconv but each other.
-ORDER = ["cli", "demo", "parity", "models", "weights", "layers", "ops", "reference", "cuda", "plan", "geometry"]
+ORDER = ["cli", "bench", "profiling", "demo", "parity", "models", "weights", "layers"]
+ORDER += ["ops", "explain", "plots", "timing", "reference", "cuda", "plan", "geometry"]
 HELPERS = {"activations", "constraints", "initializers", "interpolation", "regularizers", "seeding", "serialization"}
 
 

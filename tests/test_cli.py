@@ -55,7 +55,9 @@ def run(*more, model="model.npz", samples="in.npy", output="out.npy"):
 def test_help_names_every_command(tmp_path):
     done = process("--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert all(f"\n    {name} " in done.stdout for name in ("demo", "run", "doctor"))
+    assert all(
+        f"\n    {name} " in done.stdout for name in ("demo", "run", "explain", "bench", "profile", "doctor", "parity")
+    )
 
 
 def test_version(tmp_path):
@@ -264,8 +266,15 @@ def test_run_on_a_gpu_that_is_not_there(folder, capsys):
     assert "no usable GPU" in capsys.readouterr().err and not Path("out.npy").exists()
 
 
-@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)])
-def test_a_failure_half_way_leaves_the_old_output_alone(folder, monkeypatch, samples, capsys, error, code):
+FAILURES = {
+    "full-disk": (OSError(28, "No space left on device"), 1, "No space left"),
+    "full-memory": (MemoryError(), 1, "out of memory"),
+    "interrupted": (KeyboardInterrupt(), 130, "interrupted"),
+}
+
+
+@pytest.mark.parametrize(("error", "code", "text"), FAILURES.values(), ids=FAILURES)
+def test_a_failure_half_way_leaves_the_old_output_alone(folder, monkeypatch, samples, capsys, error, code, text):
     np.save("in.npy", np.tile(samples, (100, 1, 1)))
     Path("out.npy").write_bytes(b"precious")
     predict, calls = models.Model.predict, []
@@ -280,7 +289,7 @@ def test_a_failure_half_way_leaves_the_old_output_alone(folder, monkeypatch, sam
     assert run("--batch-size", "1") == code
     assert len(calls) == 3 and Path("out.npy").read_bytes() == b"precious"
     assert sorted(os.listdir()) == ["in.npy", "model.npz", "out.npy"]
-    assert ("No space left" if code == 1 else "interrupted") in capsys.readouterr().err
+    assert text in capsys.readouterr().err
 
 
 def test_run_writes_through_a_link(folder, model, samples):
@@ -296,7 +305,7 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli, "open", refuse, raising=False)
+    monkeypatch.setattr(cli.common, "open", refuse, raising=False)
     assert run() == 1
     assert capsys.readouterr().err == "cuconv run: error: out.npy cannot be written: Permission denied\n"
 

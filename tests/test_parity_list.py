@@ -37,7 +37,7 @@ def first(operation, dtype="float32", **wanted):
 
 def test_every_operation_is_in_the_list_in_every_way():
     listed = parity.cases()
-    computing = set(ops.__all__) - {"asarray", "halo", "like", "to_numpy"}
+    computing = set(ops._OPERATIONS)
     assert {case.operation for case in listed} == computing
     for operation in computing:
         own = [case for case in listed if case.operation == operation]
