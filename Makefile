@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-exhaustive test-gpu sanitize lint test-keras bench-cpu clean
+.PHONY: help demo test test-exhaustive test-gpu sanitize lint test-keras bench-cpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test-keras: $(VENV)/.has-keras-test  ## compare every layer with a live Keras 3 
 
 bench-cpu: $(VENV)/.has-bench  ## time the NumPy path against torch and onnxruntime, one thread
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-gpu:  ## everything a short stay on a GPU should measure, in 8 minutes; ARGS names groups, or --dry-run
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
