@@ -27,7 +27,7 @@ test-exhaustive: $(VENV)/.has-test  ## run every kernel, tile and edge on the pr
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "exhaustive and not gpu" $(ARGS)
 
 test-gpu:  ## run the kernels on the GPU at hand; needs CuPy and pytest in PYTHON
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -m gpu -W default $(ARGS)
 
 sanitize:  ## run the quick parity list under compute-sanitizer's four tools; needs a GPU
 	tests/sanitize.sh $(PYTHON)

@@ -132,8 +132,10 @@ def install() -> tuple[Any, str]:
     stub.cuda.driver = types.SimpleNamespace(CUDADriverError=RuntimeError)
     stub.cuda.runtime = types.SimpleNamespace(
         CUDARuntimeError=RuntimeError,
-        cudaDevAttrSingleToDoublePrecisionPerfRatio=0,
-        deviceGetAttribute=lambda attribute, device: 2,
+        cudaDevAttrClockRate=13,
+        cudaDevAttrMemoryClockRate=36,
+        cudaDevAttrSingleToDoublePrecisionPerfRatio=87,
+        deviceGetAttribute=lambda attribute, device: {13: 1_980_000, 36: 3_201_000, 87: 2}[attribute],
         driverGetVersion=lambda: 13000,
         getDevice=lambda: 0,
         getDeviceCount=lambda: 1,

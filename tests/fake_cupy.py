@@ -61,6 +61,7 @@ class Fake:
         self.launches, self.compiled, self.loaded, self.waits = [], [], [], 0
         self.refuse_to_load = 0  # so many of the next modules
         self.properties = {}
+        self.attributes = {13: 1_980_000, 36: 3_201_000, 87: 2}  # kHz twice, and how much slower float64 is
         self.local = threading.local()
         self.queues = defaultdict(deque)  # by stream
         self.reached = defaultdict(int)  # by event: records that were passed
@@ -373,8 +374,10 @@ def _module(fake):
         getDeviceCount=get_device_count,
         getDeviceProperties=get_device_properties,
         getDevice=lambda: fake.device,
+        cudaDevAttrClockRate=13,
+        cudaDevAttrMemoryClockRate=36,
         cudaDevAttrSingleToDoublePrecisionPerfRatio=87,
-        deviceGetAttribute=lambda attribute, index: 2,
+        deviceGetAttribute=lambda attribute, device: fake.attributes[attribute],
     )
 
     # --- NVRTC ---

@@ -25,7 +25,13 @@ from cuconv.plan import simt, transpose
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.types import ELEMENTS
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+
+@pytest.fixture(autouse=True)
+def where_it_can_run(request):
+    """A machine with a GPU need not have what the emulator takes."""
+    if emulator.missing() and not request.node.get_closest_marker("gpu"):
+        pytest.skip(emulator.missing())
+
 
 LIMITS = DEVICES["H200"]
 

@@ -263,13 +263,17 @@ def test_launch_code_works_on_these_arrays(fake):
 # --- Limits ------------------------------------------------------------------------------------------------------
 
 
-def test_the_limits_are_those_the_driver_tells(fake):
+@pytest.mark.parametrize("properties", [{}, {"clockRate": 0, "memoryClockRate": 0}], ids=["CUDA 12", "CUDA 13"])
+def test_the_limits_are_those_the_driver_tells(fake, properties):
+    fake.properties = properties
     limits = runtime.current().limits
     assert (limits.arch, limits.capability, limits.multiprocessors) == ("sm_90", (9, 0), 132)
     assert (limits.shared_bytes, limits.shared_bytes_per_multiprocessor) == (227 << 10, 228 << 10)
     assert (limits.threads_per_multiprocessor, limits.l2_bytes) == (2048, 50 << 20)
     assert limits.bandwidth == pytest.approx(4.917e12, rel=1e-3)
     assert limits.fp32_rate == pytest.approx(2 * 128 * 132 * 1.98e9) == 2 * limits.fp64_rate
+    rates = limits.fp16_rate, 2 * limits.tf32_rate  # of an H200, the data sheet that is most like it
+    assert rates == pytest.approx((limits.fp32_rate * 989.5 / 67,) * 2, rel=1e-3)
 
 
 NAMES = {
@@ -286,7 +290,7 @@ NAMES = {
 def test_a_driver_without_clocks_leaves_the_data_sheet(install, name):
     known = DEVICES[NAMES[name]]
     fake = install(name=name, capabilities=[known.capability])
-    fake.properties = {"memoryClockRate": 0, "clockRate": 0}
+    fake.properties, fake.attributes = {"memoryClockRate": 0, "clockRate": 0}, {13: 0, 36: 0, 87: 2}
     limits = runtime.current().limits
     assert (limits.bandwidth, limits.fp32_rate, limits.fp64_rate) == (
         known.bandwidth,
@@ -298,7 +302,7 @@ def test_a_driver_without_clocks_leaves_the_data_sheet(install, name):
 @pytest.mark.parametrize("capability", [(7, 5), (8, 7), (8, 9), (10, 3), (12, 1), (13, 0)])
 def test_unknown_gpus_have_rates(install, capability):
     fake = install(capabilities=[capability])
-    fake.properties = {"memoryClockRate": 0, "clockRate": 0}
+    fake.properties, fake.attributes = {"memoryClockRate": 0, "clockRate": 0}, {13: 0, 36: 0, 87: 2}
     limits = runtime.current().limits
     assert limits.bandwidth > 1e11 and limits.fp32_rate > 1e12 and limits.fp64_rate > 1e11
 

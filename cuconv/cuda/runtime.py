@@ -187,11 +187,15 @@ def _limits(cupy: Any, index: int) -> DeviceLimits:
     properties = cupy.cuda.runtime.getDeviceProperties(index)
     capability = (properties["major"], properties["minor"])
     name, multiprocessors = properties["name"].decode(), int(properties["multiProcessorCount"])
-    clock = 1e3 * properties.get("clockRate", 0)  # Hz, from kHz
-    memory_clock = 1e3 * properties.get("memoryClockRate", 0)
+    # Hz, from kHz. CUDA 13 has the clocks among the attributes only.
+    api = cupy.cuda.runtime
+    clock = 1e3 * (properties.get("clockRate") or api.deviceGetAttribute(api.cudaDevAttrClockRate, index))
+    memory_clock = 1e3 * (
+        properties.get("memoryClockRate") or api.deviceGetAttribute(api.cudaDevAttrMemoryClockRate, index)
+    )
     lanes = next(lanes for known, lanes in reversed(_FP32_LANES.items()) if known <= capability)
     fp32 = 2 * lanes * multiprocessors * clock
-    ratio = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrSingleToDoublePrecisionPerfRatio, index)
+    ratio = api.deviceGetAttribute(api.cudaDevAttrSingleToDoublePrecisionPerfRatio, index)
     sheet = _data_sheet(name, "sm_{}{}".format(*capability))
     return DeviceLimits(
         name=name,
