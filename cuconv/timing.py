@@ -239,7 +239,8 @@ def device_times(
     """Device time of each call: CUDA events around replays of a graph of `launches` calls, in turns A B C A B C ...
 
     Args:
-        flush_bytes: written before every replay, so that it starts with a cold L2 cache; 0 where buffers rotate.
+        flush_bytes: written before every replay, so that it starts with a cold L2 cache. 0 where buffers rotate; then
+            the time it takes the host to start a graph is in it.
         seconds: what all samples together may take. Long calls get fewer launches a graph, then fewer samples.
 
     Raises:

@@ -256,8 +256,12 @@ def torch(monkeypatch, gpu):
     def graph(which, stream, capture_error_mode):
         assert capture_error_mode == "thread_local" and stream.pointer == gpu.stream.ptr
         gpu.capturing = []
-        yield
-        which.nodes, gpu.capturing = gpu.capturing, None
+        try:
+            yield
+        finally:
+            which.nodes, gpu.capturing = gpu.capturing, None
+            if any(name == "forbidden" for name, _ in which.nodes):
+                raise RuntimeError("capture was invalidated")
 
     module.cuda = SimpleNamespace(ExternalStream=ExternalStream, CUDAGraph=CUDAGraph, stream=stream, graph=graph)
     monkeypatch.setitem(sys.modules, "torch", module)
@@ -272,6 +276,22 @@ def test_torch_and_cupy_share_the_stream_and_take_turns(gpu):
     times = timing.device_times(calls, samples=2, launches=3)
     assert replays(gpu) == "~|AAA|~|xyx|" * 2
     assert times["B"].median == pytest.approx(3e-6)
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("error, told", [(ValueError("the reason"), "the reason"), (None, "capture was invalidated")])
+def test_an_error_in_a_capture_of_torch_is_told(gpu, error, told):
+    calls = []
+
+    def work():
+        calls.append(1)
+        if len(calls) > 1:
+            gpu.kernel("forbidden", 0)
+            if error:
+                raise error
+
+    with timing.timing_stream(), pytest.raises(Exception, match=told):
+        comparison.TorchCall(work).capture(2)
 
 
 # --- The machine -------------------------------------------------------------------------------------------------
