@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.peers import CEILINGS, TF32_SUFFIX
 from benchmarks.suite import GROUPS
+from cuconv import timing
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.types import DeviceLimits
 
@@ -33,7 +34,6 @@ CUCONV = "cuconv"
 SWEEP = "sweep"  # group
 UNTRIED = "not measured"  # a status begins so where time was up, and in dry runs
 NOT_MEASURED = "Not yet measured on a GPU."
-NOISE = 0.03  # a median that moves by less is no change, whatever its spread
 WORST = 5  # rows told of where the model errs most
 
 Line = dict[str, str]
@@ -344,7 +344,7 @@ class Change:
 
 
 def changes(old: Sequence[Line], new: Sequence[Line]) -> list[Change]:
-    """What moved by more than NOISE and out of the other's spread, 10 to 90 % of the samples; what came and went."""
+    """What moved beyond noise (:func:`cuconv.timing.verdict`), what came and went."""
     before, after = ({key(line): line for line in lines} for lines in (old, new))
     found = [Change("missing", title(line), line["contender"]) for each, line in before.items() if each not in after]
     found += [Change("new", title(line), line["contender"]) for each, line in after.items() if each not in before]
@@ -360,18 +360,12 @@ def changes(old: Sequence[Line], new: Sequence[Line]) -> list[Change]:
 
 def _moved(was: Line, now: Line, what: str) -> Change | None:
     """The change of a median, where it is one."""
-    (m0, low0, high0), (m1, low1, high1) = (
-        tuple(value(line, f"{what}{part}_us") for part in ("", "_p10", "_p90")) for line in (was, now)
-    )
-    if None in (m0, low0, high0, m1, low1, high1):
+    figures = [[value(line, f"{what}{part}_us") for part in ("", "_p10", "_p90")] for line in (was, now)]
+    if None in (*figures[0], *figures[1]):
         return None
-    if low1 > high0 and m1 > m0 * (1 + NOISE):  # type: ignore[operator]
-        kind = "regression"
-    elif high1 < low0 and m0 > m1 * (1 + NOISE):  # type: ignore[operator]
-        kind = "improvement"
-    else:
-        return None
-    return Change(kind, title(now), now["contender"], what, m0, m1)  # type: ignore[arg-type]
+    before, after = (timing.Timing(*each, count=1) for each in figures)  # type: ignore[arg-type]
+    kind = {"slower": "regression", "faster": "improvement"}.get(timing.verdict(before, after))
+    return Change(kind, title(now), now["contender"], what, before.median, after.median) if kind else None
 
 
 def different_machines(old: Sequence[Line], new: Sequence[Line]) -> list[str]:

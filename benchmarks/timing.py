@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cuconv.bench import processor
 from cuconv.timing import Call, Clock, Replay, in_turns, rotated
 
 Name = TypeVar("Name")
@@ -116,16 +117,6 @@ def machine() -> dict[str, str]:
         "commit": commit(),
         "date": today(),
     }
-
-
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def installed(package: str) -> str:

@@ -41,7 +41,6 @@ PASSES = ("forward", "input_grad", "kernel_grad")
 
 SAMPLES = 50
 MOST_SECONDS = 30.0  # of measuring one time; at least timing.LEAST_SAMPLES samples are taken
-NOISE = 0.03  # as a part: smaller changes are never told
 FORMAT = "cuconv bench 1"
 # Activations that jump: a sum that is rounded may lie on the other side, so they are compared without.
 JUMPS = ("hard_shrink", "threshold")
@@ -478,15 +477,9 @@ def check_base(base: Any, work: Work, here: Mapping[str, Any]) -> None:
 
 
 def compare(base: Mapping[str, Any], report: Mapping[str, Any]) -> list[Change]:
-    """Each time of both reports. It has changed where the ranges from 10 % to 90 % of the samples do not meet, and the
-    medians differ by more than 3 %."""
+    """Each time of both reports, and whether it has changed, see :func:`cuconv.timing.verdict`."""
     found = []
     for name, ours in report["timings"].items():
         before, now = Timing(**base["timings"][name]), Timing(**ours)
-        verdict = "same"
-        if now.p10 > before.p90 and now.median > before.median * (1 + NOISE):
-            verdict = "slower"
-        elif now.p90 < before.p10 and now.median < before.median * (1 - NOISE):
-            verdict = "faster"
-        found.append(Change(name, before.median, now.median, verdict))
+        found.append(Change(name, before.median, now.median, timing.verdict(before, now)))
     return found

@@ -23,6 +23,7 @@ Clock = Callable[[], float]
 Name = TypeVar("Name")
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
+NOISE = 0.03  # as a part: two medians that are closer are the same
 LEAST_SAMPLES = 10  # taken even where they last longer than they should
 
 
@@ -46,6 +47,15 @@ def summary(samples: Sequence[float]) -> Timing:
         raise ValueError(f"`samples` must be finite numbers, at least one. Received: samples={list(samples)}")
     p10, median, p90 = np.percentile(samples, (10, 50, 90)).tolist()
     return Timing(median, p10, p90, len(samples))
+
+
+def verdict(before: Timing, now: Timing) -> str:
+    """ "slower", "faster", or "same": a change where neither range from 10 % to 90 % of the samples reaches into the
+    other, and the larger median is more than NOISE above the smaller."""
+    for word, less, more in (("slower", before, now), ("faster", now, before)):
+        if more.p10 > less.p90 and more.median > less.median * (1 + NOISE):
+            return word
+    return "same"
 
 
 # --- On the host's clock -----------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ BY_HAND = {
     "input_grad": (
         ("conv_input_grad", (B, P, F), (K, C, F), (B, L, C)),
         {},
-        2 * B * L * K * C * F,
+        2 * B * P * K * C * F,
         B * P * F + K * C * F + B * L * C,
     ),
     "kernel_grad": (

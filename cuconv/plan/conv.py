@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ def plan_conv(
     """
     columns = shape.filters // shape.groups
     depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
-    form = Form(shape, columns, depth, shape.filters, columns, _span(shape))
+    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
+    form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
     return plan_form(form, dtype, activation, aligned, limits)
 
 
@@ -49,6 +51,7 @@ class Form:
         columns, depth: N and K of one group's product.
         w_pitch, w_group: elements from one row of weights to the next, and from one group's to the next.
         span: taps * dilation an axis.
+        products: multiply-adds of elements that the definition needs.
         upsampled: (full, up, phases, shift), each one integer an axis; empty for a plain convolution.
     """
 
@@ -58,6 +61,7 @@ class Form:
     w_pitch: int
     w_group: int
     span: tuple[int, ...]
+    products: int
     upsampled: tuple[tuple[int, ...], ...] = ()
 
 
@@ -92,6 +96,8 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
     )
     product = Product(positions, form.columns, form.depth, shape.groups)
     tile, rejected = choose_tile(product, element, operands, limits)
+    needed = dataclasses.replace(tile.cost, least_flops=form.products * (8 if element.is_complex else 2))
+    tile = dataclasses.replace(tile, cost=needed)
     return LaunchPlan(
         kernel="conv_simt",
         constants=(

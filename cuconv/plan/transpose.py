@@ -31,12 +31,14 @@ class Phase:
 
     Attributes:
         taps: of the convolution over q; tap a is tap ``first + rho + (taps - 1 - a) * step`` of the kernel.
+        used: taps of the kernel in all phases; fewer than phases * taps where the last ones have one less.
         phases: rho = 0 .. phases - 1 are columns of the product.
         dilation, pad, count: of the convolution over q, and how many q there are.
         up, shift: q and rho stand for output ``q * up + rho + shift``.
     """
 
     taps: int
+    used: int
     phases: int
     first: int
     step: int
@@ -115,7 +117,7 @@ def axis_phases(shape: ConvShape, axis: int, merge: bool) -> list[Phase]:
         # Outputs pad .. pad + size - 1 of the uncropped product are those of q = low .. high.
         low, high = pad // s, (pad + size - 1) // s
         taps = -(-k // s)
-        return [Phase(taps, s, 0, s, 1, taps - 1 - low, high - low + 1, s, low * s - pad)]
+        return [Phase(taps, k, s, 0, s, 1, taps - 1 - low, high - low + 1, s, low * s - pad)]
     found = []
     common = math.gcd(s, d)
     step, dilation = s // common, d // common
@@ -128,7 +130,7 @@ def axis_phases(shape: ConvShape, axis: int, merge: bool) -> list[Phase]:
         taps = max(0, -(-(k - first) // step))
         ahead = (first * d - rho) // s  # q - ahead is the input that the first tap meets
         before = (taps - 1) * dilation + ahead - low if taps else 0
-        found.append(Phase(taps, 1, first, step, dilation, before, high - low + 1, s, low * s + rho - pad))
+        found.append(Phase(taps, taps, 1, first, step, dilation, before, high - low + 1, s, low * s + rho - pad))
     return found
 
 
@@ -162,7 +164,10 @@ def _part(
         tuple(phase.phases for phase in phases),
         tuple(phase.shift for phase in phases),
     )
-    form = Form(part, columns, depth, columns, depth * columns, span, upsampled)
+    # Every input meets every tap, also where what comes out is cropped.
+    meetings = math.prod(n * phase.used for n, phase in zip(shape.out_size, phases, strict=True))
+    products = shape.batch * meetings * channels * filters * shape.groups
+    form = Form(part, columns, depth, columns, depth * columns, span, products, upsampled)
     conv = plan_form(form, dtype, activation, (aligned[0], 0, aligned[2]), limits)
     pack = _plan_pack(shape, phases, dtype, limits) if taps else None
     return Part(pack, conv), depth * columns * shape.groups
