@@ -221,13 +221,16 @@ def steps_of(steps: Sequence[Launch | ArrayStep], device: DeviceLimits) -> tuple
 
 
 def _launch(plan: LaunchPlan, device: DeviceLimits) -> Step:
-    cost = plan.cost
+    constants, cost = dict(plan.constants), plan.cost
     held = occupancy(device, plan.threads, plan.registers, plan.shared_bytes)
     blocks = math.prod(plan.grid)
+    tile = ""
+    if "BM" in constants:
+        tile = "{BM}x{BN}x{BK}, {TM}x{TN} a thread".format(**constants)
     return Step(
         kernel=plan.kernel,
         plan=plan,
-        tile=plan.tile,
+        tile=tile,
         grid=plan.grid,
         block=plan.block,
         blocks=blocks,
@@ -266,7 +269,7 @@ def _step_lines(number: int, step: Step) -> Iterator[str]:
     if step.plan is not None:
         yield (
             f"     {step.blocks} blocks of {step.threads} threads, {step.waves:.2f} waves; about {step.registers} "
-            f"registers a thread, {step.shared_bytes} B of shared memory a block; {step.resident} resident on a "
+            f"registers a thread, {step.shared_bytes} B of shared memory a block; {step.resident} blocks a "
             f"multiprocessor, {step.occupancy:.0%} of its warps (limited by {step.limiter})"
         )
     yield (
