@@ -269,7 +269,7 @@ def _step_lines(number: int, step: Step) -> Iterator[str]:
     if step.plan is not None:
         yield (
             f"     {step.blocks} blocks of {step.threads} threads, {step.waves:.2f} waves; about {step.registers} "
-            f"registers a thread, {step.shared_bytes} B of shared memory a block; {step.resident} blocks a "
+            f"registers a thread, {step.shared_bytes} B of shared memory a block; {step.resident} resident on a "
             f"multiprocessor, {step.occupancy:.0%} of its warps (limited by {step.limiter})"
         )
     yield (

@@ -50,8 +50,9 @@ def only(dtype: str, tile):
 
 
 def forget_plans():
-    for plan in (plan_conv_module.plan_conv, plan_conv_module.plan_kernel_grad, transpose.plan_transpose):
-        plan.cache_clear()
+    plans = (plan_conv_module.plan_conv, plan_conv_module.plan_kernel_grad, transpose.plan_transpose)
+    for function in (*plans, simt.choose_tile):
+        function.cache_clear()
 
 
 def to_runtime(runtime, value):
@@ -157,9 +158,17 @@ def run_tile(dtype, tile, rank, data_format, make_runtime=trace):
             runtime = make_runtime(seed=number + 1)
             try:
                 case.check(runtime)
+                assert_tile(tile, runtime)
             except (AssertionError, emulator.EmulationError) as error:
                 error.add_note(f"x {x_shape}, w {w_shape}, {options}; {getattr(runtime, 'launches', ())[-1:]}")
                 raise
+
+
+def assert_tile(tile, runtime):
+    """The matrix products had no other."""
+    constants = [dict(plan.constants) for plan in getattr(runtime, "launches", ())]
+    tiles = {(each["BM"], each["BN"]) for each in constants if "BM" in each}
+    assert tiles == {tile[:2]} or isinstance(runtime, CudaRuntime)
 
 
 def name(value):
