@@ -9,6 +9,7 @@ The processor's clock counts, and the shortest of many runs: on a busy machine t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -27,7 +28,8 @@ from rich.table import Table
 
 from benchmarks.timing import machine
 
-ADDRESS = 1 << 40  # of memory that nobody reads
+ADDRESS, APART = 1 << 40, 1 << 30  # of memory that nobody reads; bytes from one array to the next
+PLACES = 64  # of arrays, used again and again
 CUBIN_BYTES = 60_000  # what a kernel of a matrix product takes
 PROPERTIES = {
     "name": b"NVIDIA H200",
@@ -74,6 +76,9 @@ class Device:
         pass
 
 
+_places = itertools.cycle(APART * i for i in range(PLACES))
+
+
 class StandIn:
     """What launch code asks of an array."""
 
@@ -87,7 +92,7 @@ class StandIn:
         self.size = math.prod(self.shape)
         self.nbytes = self.size * self.dtype.itemsize
         self.flags = self._flags
-        self.data = types.SimpleNamespace(ptr=ADDRESS, device_id=0)
+        self.data = types.SimpleNamespace(ptr=ADDRESS + next(_places), device_id=0)
 
     ndim = property(lambda self: len(self.shape))
     device = property(lambda self: Device(0))
@@ -101,8 +106,8 @@ def arrays_of(cupy: Any) -> tuple[type, Callable[..., Any]]:
     if cupy is None:
         return StandIn, StandIn
     memory = cupy.cuda.UnownedMemory(ADDRESS, 1 << 40, None, 0)
-    pointer = cupy.cuda.MemoryPointer(memory, 0)
-    return cupy.ndarray, lambda shape, dtype: cupy.ndarray(shape, dtype, memptr=pointer)
+    pointers = itertools.cycle([cupy.cuda.MemoryPointer(memory, APART * i) for i in range(PLACES)])
+    return cupy.ndarray, lambda shape, dtype: cupy.ndarray(shape, dtype, memptr=next(pointers))
 
 
 def install() -> tuple[Any, str]:

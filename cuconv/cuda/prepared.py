@@ -60,7 +60,7 @@ class Known:
             else:
                 return self._directly(arguments, keywords)
         out = keywords.get("out")
-        if out is not None and any(_may_overlap(array, out) for array in arrays if array is not out):
+        if out is not None and sum(_may_overlap(array, out) for array in arrays) > 1:  # itself, and an input
             return self._directly(arguments, keywords)
         call = tuple(key)
         found = self._tapes.get(call, _UNKNOWN)
@@ -174,6 +174,7 @@ class Prepared:
         self._wanted += [(f"out[{i}]", *each) for i, each in enumerate(tape.outputs)]
         # For each of them, the array that was there last, which needs no second look, and its address.
         self._last: list[tuple[Callable[[], Array], int]] = [(lambda: self, 0)] * len(self._wanted)
+        self._apart: list[int] = []  # addresses of arrays of which no result lies in an input
         results = tape.results_of([*range(len(self._wanted)), None])
         self._only_outputs = (results if isinstance(results, tuple) else (results,)) == (
             *range(len(given), len(self._wanted)),
@@ -201,10 +202,13 @@ class Prepared:
         ]
         if len(arrays) != len(self._last):
             self._refuse(arrays)
+        if addresses != self._apart:
+            self._refuse_overlap(arrays)
+            self._apart = addresses
         if tape.launches_only:
-            addresses += self._scratch_addresses
+            everything = addresses + self._scratch_addresses
             for start, pick in self._starts:
-                start(pick(addresses))
+                start(pick(everything))
         else:
             with runtime.on(gpu.device):
                 tape.play(gpu, [*arrays, *self._scratch])
@@ -222,6 +226,11 @@ class Prepared:
             self._refuse([array], place)
         self._last[place] = weakref.ref(array), address
         return address
+
+    def _refuse_overlap(self, arrays: Sequence[Array]) -> None:
+        inputs, outputs = arrays[: self._given], arrays[self._given :]
+        if any(_may_overlap(array, out) for out in outputs for array in inputs):
+            raise ValueError("`out` must not share memory with an input. Received: overlapping arrays")
 
     def _refuse(self, arrays: Sequence[Array], place: int | None = None) -> NoReturn:
         wanted = self._wanted[: self._given] if place is None else [self._wanted[place]]
