@@ -4,7 +4,7 @@
 
 The vectors are the emulator's answers, committed: the emulator is held to them in every test run, and hardware wherever
 there is a GPU, which takes CuPy and nothing else. So what the emulator believes of an instruction is what hardware has
-confirmed. A function that is added to ptx.cuh gets its entry in WRAPPERS and its vectors.
+confirmed. A function that is added to ptx.cuh gets its entry in WRAPPERS and its vectors, or stands `besides` another.
 """
 
 import argparse
@@ -30,6 +30,62 @@ extern "C" __global__ void apply(const {source}* __restrict__ x, {target}* __res
 }}
 """
 
+# One item a thread, which copies 4, 8 and 16 bytes into three places of 16, a group each, and reads each as soon as it
+# is there.
+COPIES = """
+template <int BYTES>
+__device__ void copy(uint4& to, const uint4& from, bool inside) {
+  ptx::copy_async<BYTES>(ptx::shared_address(&to), inside ? &from : nullptr, inside);
+  ptx::copy_async_commit();
+}
+extern "C" __global__ void apply(const uint4 (*x)[3], const bool (*inside)[3], uint4 (*y)[3], int count) {
+  __shared__ uint4 memory[256][3];
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  uint4(&to)[3] = memory[threadIdx.x];
+  for (uint4& place : to) place = make_uint4(~0u, ~0u, ~0u, ~0u);
+  __syncthreads();
+  if (i >= count) return;
+  copy<4>(to[0], x[i][0], inside[i][0]);
+  copy<8>(to[1], x[i][1], inside[i][1]);
+  copy<16>(to[2], x[i][2], inside[i][2]);
+  ptx::copy_async_wait<2>();
+  y[i][0] = to[0];
+  ptx::copy_async_wait<1>();
+  y[i][1] = to[1];
+  ptx::copy_async_wait<0>();
+  y[i][2] = to[2];
+}
+"""
+
+# One item a warp: 32 rows of 8 elements, and which of them each lane gives the address of.
+MATRICES = """
+extern "C" __global__ void apply(const uint4 (*x)[32], const int (*rows)[32], uint4 (*y)[32], int count) {{
+  __shared__ uint4 memory[32];
+  const int lane = threadIdx.x;
+  memory[lane] = x[blockIdx.x][lane];
+  __syncthreads();
+  unsigned r[4];
+  ptx::{name}(r, ptx::shared_address(&memory[rows[blockIdx.x][lane]]));
+  y[blockIdx.x][lane] = make_uint4(r[0], r[1], r[2], r[3]);
+}}
+"""
+
+# One product a warp, d = c + a b: a [16,K], b transposed [8,K], c and d [16,8], where a row of a or of b has 8 words.
+# The fragments are those of the PTX manual; with 16-bit elements a word has two neighbours in K.
+PRODUCT = """
+extern "C" __global__ void apply(const unsigned (*a)[16][8], const unsigned (*b)[8][8], const float (*c)[16][8],
+                                 float (*d)[16][8], int count) {{
+  const int item = blockIdx.x, row = threadIdx.x / 4, column = threadIdx.x % 4;
+  const unsigned left[4] = {{a[item][row][column], a[item][row + 8][column],
+                            a[item][row][column + 4], a[item][row + 8][column + 4]}};
+  const unsigned right[2] = {{b[item][row][column], b[item][row][column + 4]}};
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = c[item][row + i / 2 * 8][column * 2 + i % 2];
+  ptx::{name}(sum, left, right);
+  for (int i = 0; i < 4; ++i) d[item][row + i / 2 * 8][column * 2 + i % 2] = sum[i];
+}}
+"""
+
 
 @dataclass(frozen=True)
 class Wrapper:
@@ -41,7 +97,8 @@ class Wrapper:
             rules, numbers whose sums are exact.
         define: the answers that should come out, in their own dtype.
         threads, items: of a block. A function of a warp has 32 and 1.
-        arch: the oldest that has the instruction.
+        arch: the oldest that it is for.
+        besides: the other functions of ptx.cuh that `text` applies and that have no entry of their own.
     """
 
     text: str
@@ -50,24 +107,33 @@ class Wrapper:
     threads: int = 256
     items: int = 256
     arch: str = "sm_75"
+    besides: tuple[str, ...] = ()
 
     def blocks(self, count: int) -> int:
         return -(-count // self.items)
 
 
-def of_one_number(name: str, source: str, target: str, values: Callable[[], np.ndarray], define) -> Wrapper:
+def of_one_number(
+    name: str, source: str, target: str, values: Callable[[], np.ndarray], define, arch: str = "sm_75"
+) -> Wrapper:
     """A function from one number of C++ type `source` to one of `target`."""
     text = OF_ONE_NUMBER.format(name=name, source=source, target=target)
-    return Wrapper(text, lambda: (values(),), define)
+    return Wrapper(text, lambda: (values(),), define, arch=arch)
 
 
-def all_halves() -> np.ndarray:
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+def all_numbers(dtype) -> np.ndarray:
+    """Of a 16-bit type."""
+    return np.arange(1 << 16, dtype=np.uint16).view(dtype)
 
 
-def tricky_floats(dtype) -> np.ndarray:
-    """Every number of a 16-bit type, the middles between neighbours, and the floats next to both."""
-    patterns = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
+def all_tf32() -> np.ndarray:
+    """As the floats that they are."""
+    return (np.arange(1 << 19, dtype=np.uint32) << 13).view(np.float32)
+
+
+def tricky_floats(numbers: np.ndarray) -> np.ndarray:
+    """Every number of a type, the middles between neighbours, and the floats next to both."""
+    patterns = numbers.astype(np.float32)
     ordered = np.sort(patterns[np.isfinite(patterns)]).astype(np.float64)
     top = ordered[-1] + (ordered[-1] - ordered[-2]) / 2  # from here on it is infinity
     middles = np.concatenate([(ordered[1:] + ordered[:-1]) / 2, [top, -top]]).astype(np.float32)
@@ -78,24 +144,105 @@ def tricky_floats(dtype) -> np.ndarray:
     return np.concatenate([near, special.view(np.float32)])
 
 
+def nearest_tf32(x: np.ndarray) -> np.ndarray:
+    """Of 11 significant bits, fewer of subnormal numbers; ties away from zero."""
+    step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 11, -136))
+    away = np.floor(np.abs(x.astype(np.float64)) / step + 0.5) * step
+    return np.copysign(away, x).astype(np.float32)
+
+
+def things_to_copy() -> tuple[np.ndarray, ...]:
+    """Three times 16 bytes, and whether each lies inside: all combinations, and a block that is not full."""
+    random = np.random.default_rng(1)
+    inside = np.arange(300)[:, None] >> np.arange(3) & 1 == 1
+    return random.integers(1, 1 << 32, (300, 3, 4), np.uint32), inside
+
+
+def copied(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The first 4, 8 and 16 bytes, zeros where they are not inside; ones where nothing is copied to."""
+    y = np.full_like(x, 0xFFFFFFFF)
+    for place, words in enumerate((1, 2, 4)):
+        y[:, place, :words] = np.where(inside[:, place, None], x[:, place, :words], 0)
+    return y
+
+
+def matrices(name: str, transposed: bool) -> Wrapper:
+    """A function that loads four 8 x 8 matrices: their rows in order, in disorder, and some of them twice."""
+
+    def values() -> tuple[np.ndarray, ...]:
+        random = np.random.default_rng(2)
+        rows = np.stack([np.arange(32), random.permutation(32), *random.integers(0, 32, (6, 32))]).astype(np.int32)
+        return random.integers(0, 1 << 16, (8, 32, 8), np.uint16), rows
+
+    def define(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        loaded = np.take_along_axis(x, rows[..., None], 1).reshape(-1, 4, 8, 8)
+        if transposed:
+            loaded = loaded.swapaxes(2, 3)
+        return loaded.reshape(-1, 4, 32, 2).swapaxes(1, 2)  # [item, lane, register, half]: a lane has two neighbours
+
+    return Wrapper(MATRICES.format(name=name), values, define, threads=32, items=1, arch="sm_80")
+
+
+def product(name: str, dtype, depth: int, bits: int, scales: tuple[int, int]) -> Wrapper:
+    """A function that multiplies 16 x `depth` by `depth` x 8 elements of `bits` significant bits.
+
+    The elements of an item are integers times one power of two, with exponents from `scales`. Products have 17 bits at
+    most, so sums of 16 and c have 22. Infinities and NaN are in the last item.
+    """
+
+    def values() -> tuple[np.ndarray, ...]:
+        random = np.random.default_rng(3)
+        wide, narrow = (1 << bits) - 1, (1 << min(bits, 17 - bits)) - 1
+        most = np.where(np.arange(16) % 2, wide, narrow)[:, None, None]
+        least, greatest = scales
+        scale = random.integers(least, greatest + 1, (2, 16, 1, 1))
+        scale[:, 0], scale[:, 1] = least, greatest
+        a = np.ldexp(random.integers(-most, most + 1, (16, 16, depth)), scale[0])
+        b = np.ldexp(random.integers(-most[::-1], most[::-1] + 1, (16, 8, depth)), scale[1])
+        c = np.ldexp(random.integers(-(1 << 20), 1 << 20, (16, 16, 8)), scale[0] + scale[1])
+        a[-1, 2, 3], a[-1, 11, 4], b[-1, 5, 6], c[-1, 7, 1] = np.inf, np.nan, -np.inf, np.inf
+        return a.astype(dtype), b.astype(dtype), c.astype(np.float32)
+
+    def define(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        sums = c + np.einsum("imk,ink->imn", a.astype(np.float64), b.astype(np.float64))
+        return sums.astype(np.float32)
+
+    return Wrapper(PRODUCT.format(name=name), values, define, threads=32, items=1, arch="sm_80")
+
+
 WRAPPERS = {
     "float_from_half": of_one_number(
-        "float_from_half", "unsigned short", "float", all_halves, lambda x: x.astype(np.float32)
+        "float_from_half", "unsigned short", "float", lambda: all_numbers(np.float16), lambda x: x.astype(np.float32)
     ),
     "half_from_float": of_one_number(
         "half_from_float",
         "float",
         "unsigned short",
-        lambda: tricky_floats(np.float16),
+        lambda: tricky_floats(all_numbers(np.float16)),
         lambda x: x.astype(np.float16),
     ),
     "bfloat_from_float": of_one_number(
         "bfloat_from_float",
         "float",
         "unsigned short",
-        lambda: tricky_floats(ml_dtypes.bfloat16),
+        lambda: tricky_floats(all_numbers(ml_dtypes.bfloat16)),
         lambda x: x.astype(ml_dtypes.bfloat16),
     ),
+    "tf32_from_float": of_one_number(
+        "tf32_from_float", "float", "unsigned", lambda: tricky_floats(all_tf32()), nearest_tf32, "sm_80"
+    ),
+    "copy_async": Wrapper(
+        COPIES,
+        things_to_copy,
+        copied,
+        arch="sm_80",
+        besides=("shared_address", "copy_async_commit", "copy_async_wait"),
+    ),
+    "load_matrices": matrices("load_matrices", transposed=False),
+    "load_matrices_transposed": matrices("load_matrices_transposed", transposed=True),
+    "multiply_half": product("multiply_half", np.float16, 16, 11, (-24, 4)),
+    "multiply_bfloat": product("multiply_bfloat", ml_dtypes.bfloat16, 16, 8, (-50, 50)),
+    "multiply_tf32": product("multiply_tf32", np.float32, 8, 11, (-50, 50)),
 }
 
 

@@ -7,17 +7,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import emulator
-import ml_dtypes
 import numpy as np
 import ptx_vectors
 import pytest
-from ptx_vectors import WRAPPERS, Wrapper, assert_same, definition
+from ptx_vectors import WRAPPERS, assert_same, definition
 
 from cuconv.cuda import runtime
 from cuconv.cuda.runtime import Target, kernel_directory, probe
 from cuconv.plan.devices import DEVICES
 
 in_the_emulator = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+
+NUMBERS = [name for name in WRAPPERS if "_from_" in name]
+
+
+def functions(text):
+    """The names of the functions that begin in a text."""
+    return re.findall(r"__device__[^(){};]*?(\w+)\s*\(", text)
 
 
 @functools.cache
@@ -55,13 +61,51 @@ def test_the_emulator_and_its_golden_vectors(name, arch):
     assert_same(inputs, ptx_vectors.emulated(WRAPPERS[name], inputs, arch), answers)
 
 
-# A mistake in each wrapper, and where it shows.
+# Operands of a matrix instruction: the sums, a, and a with two of its quarters exchanged.
+FOUR, LEFT, EXCHANGED = "{%0, %1, %2, %3}", "{%4, %5, %6, %7}", "{%4, %6, %5, %7}"
+
+# A mistake in each function, and where it shows.
 MISTAKES = {
     "a wrong operand": ("float_from_half", "sm_80", '"=f"(f) : "h"(h)', '"=f"(f) : "h"((unsigned short)(h ^ 1))'),
     "half towards zero": ("half_from_float", "sm_80", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
     "bfloat towards zero": ("bfloat_from_float", "sm_80", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
     "ties upwards": ("bfloat_from_float", "sm_75", "0x7fff + (bits >> 16 & 1)", "0x8000"),
     "no NaN": ("bfloat_from_float", "sm_75", "if (f != f) return 0x7fff;", ""),
+    "ties to even": ("tf32_from_float", "sm_90", "cvt.rna.tf32.f32", "cvt.rn.tf32.f32"),
+    "TF32 not rounded": ("tf32_from_float", "sm_80", "cvt.rna.tf32.f32", "mov.b32"),
+    "the neighbour's address": (
+        "copy_async",
+        "sm_80",
+        "__cvta_generic_to_shared(p))",
+        "__cvta_generic_to_shared(p)) ^ 16",
+    ),
+    "half a copy": ("copy_async", "sm_80", "inside ? BYTES : 0", "inside ? BYTES / 2 : 0"),
+    "nothing copied": ("copy_async", "sm_80", "inside ? BYTES : 0", "0"),
+    "a group left open": ("copy_async", "sm_80", "cp.async.commit_group;", ""),
+    "a group too few": ("copy_async", "sm_80", '"n"(N)', '"n"(N + 1)'),
+    "two matrices exchanged": ("load_matrices", "sm_80", f"x4.shared.b16 {FOUR}", "x4.shared.b16 {%0, %2, %1, %3}"),
+    "transposed": ("load_matrices", "sm_80", "x4.shared", "x4.trans.shared"),
+    "not transposed": ("load_matrices_transposed", "sm_80", "x4.trans.shared", "x4.shared"),
+    "half as bfloat": ("multiply_half", "sm_80", "f32.f16.f16.f32", "f32.bf16.bf16.f32"),
+    "quarters of half exchanged": (
+        "multiply_half",
+        "sm_80",
+        f".f16.f32 {FOUR}, {LEFT}",
+        f".f16.f32 {FOUR}, {EXCHANGED}",
+    ),
+    "bfloat as half": ("multiply_bfloat", "sm_80", "f32.bf16.bf16.f32", "f32.f16.f16.f32"),
+    "quarters of bfloat exchanged": (
+        "multiply_bfloat",
+        "sm_80",
+        f"bf16.f32 {FOUR}, {LEFT}",
+        f"bf16.f32 {FOUR}, {EXCHANGED}",
+    ),
+    "quarters of TF32 exchanged": (
+        "multiply_tf32",
+        "sm_80",
+        f"tf32.f32 {FOUR}, {LEFT}",
+        f"tf32.f32 {FOUR}, {EXCHANGED}",
+    ),
 }
 
 
@@ -78,24 +122,31 @@ def test_a_mistake_is_caught(name, arch, right, wrong, tmp_path):
         assert_same(inputs, ptx_vectors.emulated(WRAPPERS[name], inputs, arch, tmp_path), answers)
 
 
-def test_every_wrapper_has_a_mistake():
-    assert {name for name, *_ in MISTAKES.values()} == set(WRAPPERS)
+def test_every_function_has_a_mistake():
+    text = (kernel_directory() / "ptx.cuh").read_text()
+    mistaken = {functions(text[: text.index(right)])[-1] for _, _, right, _ in MISTAKES.values()}
+    assert mistaken == set(functions(text))
+
+
+@in_the_emulator
+def test_what_lies_outside_is_not_read(tmp_path):
+    text = (kernel_directory() / "ptx.cuh").read_text()
+    assert text.count("inside ? BYTES : 0") == 1
+    (tmp_path / "ptx.cuh").write_text(text.replace("inside ? BYTES : 0", "BYTES"))
+    with pytest.raises(emulator.EmulationError, match="bounds"):
+        run("copy_async", "sm_80", tmp_path)
 
 
 # --- On a GPU ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def gpu():
+def gpu(name):
     if not probe().usable:
         pytest.skip(probe().reason)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_the_gpu_and_the_golden_vectors(name, gpu):
-    inputs, answers = ptx_vectors.load(name, WRAPPERS[name])
-    assert_same(inputs, ptx_vectors.on_gpu(WRAPPERS[name], inputs), answers)
+    major, minor = runtime.current().limits.capability
+    if major * 10 + minor < int(WRAPPERS[name].arch[3:]):
+        pytest.skip(f"{name} needs {WRAPPERS[name].arch}. Received: a GPU of {major}.{minor}")
 
 
 @pytest.mark.gpu
@@ -103,6 +154,13 @@ def test_the_gpu_and_the_golden_vectors(name, gpu):
 def test_the_gpu_and_the_definition(name, gpu):
     inputs, expected = problem(name)
     assert_same(inputs, ptx_vectors.on_gpu(WRAPPERS[name], inputs), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_gpu_and_the_golden_vectors(name, gpu):
+    inputs, answers = ptx_vectors.load(name, WRAPPERS[name])
+    assert_same(inputs, ptx_vectors.on_gpu(WRAPPERS[name], inputs), answers)
 
 
 class GpuOfTheEmulator:
@@ -143,13 +201,20 @@ def test_the_way_to_the_gpu(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_vectors_are_small_and_from_everywhere(name):
+def test_vectors_are_small_and_as_defined(name):
     inputs, answers = ptx_vectors.load(name, WRAPPERS[name])
     assert_same(inputs, answers, definition(WRAPPERS[name], inputs))
     assert ptx_vectors.path_of(name).stat().st_size < 64 << 10
     assert 1 <= len(inputs[0]) == len(answers) <= ptx_vectors.MOST
-    assert_same(inputs, inputs[0], ptx_vectors.sample(WRAPPERS[name].values())[0])
-    values = answers.astype(np.float64)
+    for mine, kept in zip(ptx_vectors.sample(WRAPPERS[name].values()), inputs, strict=True):
+        assert_same(inputs, kept, mine)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_vectors_of_numbers_are_from_everywhere(name):
+    _, answers = ptx_vectors.load(name, WRAPPERS[name])
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        values = answers.astype(np.float64)
     assert np.isnan(values).any() and np.isinf(values).any() and (values == 0).any() and (values < 0).any()
     least = 2.0**-14 if answers.dtype == np.float16 else 2.0**-126
     assert ((values != 0) & (np.abs(values) < least)).any() == (name != "float_from_half"), "subnormal numbers"
@@ -177,59 +242,22 @@ def test_one_bit_is_seen():
         assert_same(inputs, other, answers)
 
 
-# --- What comes next: a function of a warp -----------------------------------------------------------------------
-
-HEADER = """
-namespace ptx {
-__device__ __forceinline__ void multiply_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-}  // namespace ptx
-"""
-
-# One product a warp: a thread's words of a, b and d stand where the instruction has them.
-PRODUCT = Wrapper(
-    """
-extern "C" __global__ void apply(const unsigned* a, const unsigned* b, float* d, int count) {
-  const int lane = threadIdx.x, row = lane / 4, pair = lane % 4;
-  const unsigned* const x = a + blockIdx.x * 128;
-  const unsigned* const w = b + blockIdx.x * 64;
-  const unsigned left[4] = {x[row * 8 + pair], x[row * 8 + pair + 64], x[row * 8 + pair + 4], x[row * 8 + pair + 68]};
-  const unsigned right[2] = {w[row * 8 + pair], w[row * 8 + pair + 4]};
-  float sum[4] = {};
-  ptx::multiply_16x8x16(sum, left, right);
-  float* const y = d + blockIdx.x * 128;
-  for (int i = 0; i < 4; ++i) y[(row + i / 2 * 8) * 8 + pair * 2 + i % 2] = sum[i];
-}
-""",
-    lambda: tuple(
-        np.random.default_rng(3).integers(-8, 9, (5, rows, 16)).astype(ml_dtypes.bfloat16) for rows in (16, 8)
-    ),
-    lambda a, b: a.astype(np.float32) @ b.astype(np.float32).transpose(0, 2, 1),
-    threads=32,
-    items=1,
-    arch="sm_80",
-)
-
-
-@in_the_emulator
-def test_a_function_of_a_warp_fits_in(tmp_path):
-    (tmp_path / "ptx.cuh").write_text(HEADER)
-    inputs = ptx_vectors.sample(PRODUCT.values())
-    answers = ptx_vectors.emulated(PRODUCT, inputs, PRODUCT.arch, tmp_path)
-    assert_same(inputs, answers, definition(PRODUCT, inputs))
-    ptx_vectors.write("product", inputs, answers, tmp_path)
-    again = ptx_vectors.load("product", PRODUCT, tmp_path)
-    assert_same(inputs, again[1], answers)
-    assert all(np.array_equal(mine, kept) for mine, kept in zip(inputs, again[0], strict=True))
+def test_one_bit_of_a_matrix_is_seen():
+    inputs, answers = ptx_vectors.load("multiply_bfloat", WRAPPERS["multiply_bfloat"])
     other = answers.copy()
-    other[4, 15, 7] += 1
-    with pytest.raises(AssertionError, match="1 of 640 are wrong, first of item 4"):
+    other.view(np.uint32)[4, 15, 7] ^= 1
+    with pytest.raises(AssertionError, match="1 of 2048 are wrong, first of item 4"):
         assert_same(inputs, other, answers)
+
+
+def test_vectors_are_kept_as_they_are(tmp_path):
+    wrapper = WRAPPERS["multiply_bfloat"]
+    inputs = wrapper.values()
+    answers = definition(wrapper, inputs)
+    ptx_vectors.write("multiply_bfloat", inputs, answers, tmp_path)
+    kept = ptx_vectors.load("multiply_bfloat", wrapper, tmp_path)
+    for mine, its in zip((*inputs, answers), (*kept[0], kept[1]), strict=True):
+        assert mine.dtype == its.dtype and np.array_equal(ptx_vectors.bits_of(mine), ptx_vectors.bits_of(its))
 
 
 # --- The list ----------------------------------------------------------------------------------------------------
@@ -237,9 +265,10 @@ def test_a_function_of_a_warp_fits_in(tmp_path):
 
 def test_every_wrapper_is_tested_and_has_its_vectors():
     text = (kernel_directory() / "ptx.cuh").read_text()
-    names = re.findall(r"__device__[^(){};]*?(\w+)\s*\(", text)
-    assert set(names) == set(WRAPPERS)
-    assert {path.name for path in ptx_vectors.GOLDEN.glob("ptx_*")} == {f"ptx_{name}.npz" for name in names}
+    tested = [(each, wrapper) for name, wrapper in WRAPPERS.items() for each in (name, *wrapper.besides)]
+    assert sorted(functions(text)) == sorted(each for each, _ in tested)
+    assert all(re.search(rf"ptx::{each}\b", wrapper.text) for each, wrapper in tested)
+    assert {path.name for path in ptx_vectors.GOLDEN.glob("ptx_*")} == {f"ptx_{name}.npz" for name in WRAPPERS}
 
 
 def test_no_assembly_elsewhere():
