@@ -157,9 +157,9 @@ def lines_of(case: Case, compiled: bool = True) -> list[Line]:
     """A line for each launch; without the compiler's figures unless `compiled`."""
     limits, found = device(DEVICES[case.arch]), []
     for step, plan in enumerate(case.plans, 1):
-        constants = dict(plan.constants)
-        tile = "{BM}x{BN}x{BK}, {TM}x{TN} a thread".format(**constants) if "BM" in constants else ""
-        line = Line(case.arch, case.name, step, plan.kernel, tile, plan.registers, percent_of_roof=case.percent_of_roof)
+        line = Line(
+            case.arch, case.name, step, plan.kernel, plan.tile, plan.registers, percent_of_roof=case.percent_of_roof
+        )
         if compiled:
             code = _code(plan.kernel, plan.constants, case.arch)
             shared = code.shared_bytes + plan.dynamic_shared_bytes

@@ -221,16 +221,13 @@ def steps_of(steps: Sequence[Launch | ArrayStep], device: DeviceLimits) -> tuple
 
 
 def _launch(plan: LaunchPlan, device: DeviceLimits) -> Step:
-    constants, cost = dict(plan.constants), plan.cost
+    cost = plan.cost
     held = occupancy(device, plan.threads, plan.registers, plan.shared_bytes)
     blocks = math.prod(plan.grid)
-    tile = ""
-    if "BM" in constants:
-        tile = "{BM}x{BN}x{BK}, {TM}x{TN} a thread".format(**constants)
     return Step(
         kernel=plan.kernel,
         plan=plan,
-        tile=tile,
+        tile=plan.tile,
         grid=plan.grid,
         block=plan.block,
         blocks=blocks,

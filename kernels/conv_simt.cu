@@ -22,9 +22,10 @@
 //   Elements are widened when they are staged, x is transposed. While one stage is multiplied the next step is on its
 //   way in registers; one barrier a step.
 
+#include "conv.cuh"
 #include "simt.cuh"
 
-// Set by the plan, besides those of simt.cuh: CHANNELS_FIRST UPSAMPLED ACTIVATION   VECX VECW VECY MIN_BLOCKS
+// Set by the plan, besides those of conv.cuh and simt.cuh: ACTIVATION   VECX VECW VECY MIN_BLOCKS
 constexpr int VECTORS_K = BK / VECX;
 constexpr int SLOTS = CHANNELS_FIRST ? BK * 32 / THREADS : 1;
 constexpr int ROWS = CHANNELS_FIRST ? BM / 32 : BM * VECTORS_K / THREADS;
@@ -34,48 +35,6 @@ static_assert(!CHANNELS_FIRST || VECX == 1, "channels_first reads x position by 
 
 constexpr int VECTORS_N = BN / VECW;
 constexpr int LOADS = ceil_div(BK * VECTORS_N, THREADS);
-
-struct Params {
-  const E* x;
-  const E* w;
-  const E* bias;  // null: none
-  E* y;
-  Index positions, columns, depth;  // M, N, K of one group
-  Index tiles_m, tiles_n;
-  Index groups, channels;  // channels of x in one group
-  Index w_pitch, w_group;
-  Index in[RANK], out[RANK], stride[RANK], dilation[RANK], pad[RANK];
-  Index span[RANK];  // taps * dilation
-#if UPSAMPLED
-  Index full[RANK], up[RANK], phases[RANK], shift[RANK];
-#endif
-};
-
-// The k of one slot: its channel, and its tap as the distance from the first input of a window.
-struct Depth {
-  Index channel, reach[RANK];
-};
-
-// Carries whole taps out of the channel of `d`. Behind the last k, reach[0] is span[0] or more.
-__device__ __forceinline__ void settle(Depth& d, const Params& p) {
-  while (d.channel >= p.channels) {
-    d.channel -= p.channels;
-#pragma unroll
-    for (int a = RANK - 1; a >= 0; --a) {
-      d.reach[a] += p.dilation[a];
-      if (a == 0 || d.reach[a] < p.span[a]) break;
-      d.reach[a] = 0;
-    }
-  }
-}
-
-// Part of an index of y: rows of the product have one, columns the other, and their sum is a place.
-struct Place {
-  Index offset;
-#if UPSAMPLED
-  Index at[RANK];
-#endif
-};
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(const __grid_constant__ Params p) {
   __shared__ alignas(16) S xs[2][BK][BM + V];
@@ -173,48 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
   multiply(acc, xs[buffer], ws[buffer], own);
 
   // 3. Epilogue: the only place that tests the edges of y.
-#if UPSAMPLED
-  const Index(&size)[RANK] = p.full;
-  const Index group_filters = p.columns / volume(p.phases);
-#else
-  const Index(&size)[RANK] = p.out;
-  const Index group_filters = p.columns;
-#endif
-  const Index filters = p.groups * group_filters;
-  const Index y_step_l = CHANNELS_FIRST ? 1 : filters;
-  const Index y_step_f = CHANNELS_FIRST ? volume(size) : 1;
-  const auto row_of = [&](Index m) {
-    Place row;
-    Index at[RANK];
-    const Index b = split(m, p.out, at);
-#if UPSAMPLED
-#pragma unroll
-    for (int a = 0; a < RANK; ++a) row.at[a] = at[a] = at[a] * p.up[a] + p.shift[a];
-#endif
-    row.offset = b * filters * volume(size) + linear(at, size) * y_step_l;
-    return row;
-  };
-  const auto column_of = [&](Index n, Index& f) {
-    Place column{};
-    f = n;
-#if UPSAMPLED
-    f = n % group_filters;
-    split(n / group_filters, p.phases, column.at);
-    column.offset = linear(column.at, size) * y_step_l;
-#endif
-    f += g * group_filters;
-    column.offset += f * y_step_f;
-    return column;
-  };
-  const auto exists = [&](const Place& row, const Place& column) {
-    bool inside = true;
-#if UPSAMPLED
-#pragma unroll
-    for (int a = 0; a < RANK; ++a) inside = inside && within(row.at[a] + column.at[a], p.full[a]);
-#endif
-    return inside;
-  };
-
+  const Result result(p, g);
   // VECY results that are neighbours in y: positions in channels_first, else filters.
   constexpr int STEP_M = CHANNELS_FIRST ? VECY : 1, STEP_N = CHANNELS_FIRST ? 1 : VECY;
   Place columns[TN];
@@ -222,16 +140,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
 #pragma unroll
   for (int j = 0; j < TN; ++j) {
     Index f;
-    columns[j] = column_of(n0 + own.column(j), f);
+    columns[j] = result.column(n0 + own.column(j), f);
     if (p.bias && n0 + own.column(j) < p.columns) bias[j] = widen(p.bias[f]);
   }
 #pragma unroll
   for (int i = 0; i < TM; i += STEP_M) {
     if (m0 + own.row(i) >= p.positions) continue;
-    const Place row = row_of(m0 + own.row(i));
+    const Place row = result.row(m0 + own.row(i));
 #pragma unroll
     for (int j = 0; j < TN; j += STEP_N) {
-      if (n0 + own.column(j) >= p.columns || !exists(row, columns[j])) continue;
+      if (n0 + own.column(j) >= p.columns || !result.exists(row, columns[j])) continue;
       Vector<E, VECY> v;
 #pragma unroll
       for (int q = 0; q < VECY; ++q)

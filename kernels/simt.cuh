@@ -1,5 +1,4 @@
-// simt.cuh -- what the matrix products on the ordinary arithmetic units share: tiles, threads, the inner product, and
-// positions of any rank.
+// simt.cuh -- what the matrix products on the ordinary arithmetic units share: tiles, threads, and the inner product.
 //
 // A block computes BM x BN sums over K in steps of BK; xs [BK][BM + padding] and ws [BK][BN + padding] hold a step's
 // operands. The padding keeps a warp that stores several k at once free of bank conflicts; it is a multiple of V. A
@@ -9,11 +8,9 @@
 #pragma once
 
 #include "activations.cuh"
+#include "positions.cuh"
 
-// Set by the plan: ELEMENT INDEX RANK   BM BN BK TM TN
-using E = ELEMENT;
-using S = Sum<E>;
-using Index = INDEX;
+// Set by the plan, besides those of positions.cuh: BM BN BK TM TN
 
 constexpr int V = 16 / sizeof(S);
 constexpr int THREADS_M = BM / TM;
@@ -70,33 +67,4 @@ __device__ __forceinline__ void widen_into(S* to, const Vector<E, N>& from) {
     for (int v = 0; v < PART; ++v) part.at[v] = widen(from.at[q + v]);
     store(to + q, part);
   }
-}
-
-// ---- positions --------------------------------------------------------------------------------------------------
-
-// A coordinate so far below zero that no reach of a window brings it back.
-constexpr Index NOWHERE = -(Index(1) << (8 * sizeof(Index) - 2));
-
-__device__ __forceinline__ Index linear(const Index (&at)[RANK], const Index (&size)[RANK]) {
-  Index index = at[0];
-#pragma unroll
-  for (int a = 1; a < RANK; ++a) index = index * size[a] + at[a];
-  return index;
-}
-
-__device__ __forceinline__ Index volume(const Index (&size)[RANK]) {
-  Index count = size[0];
-#pragma unroll
-  for (int a = 1; a < RANK; ++a) count *= size[a];
-  return count;
-}
-
-// Splits a linear index into coordinates; what is left, the batch item, is returned.
-__device__ __forceinline__ Index split(Index index, const Index (&size)[RANK], Index (&at)[RANK]) {
-#pragma unroll
-  for (int a = RANK - 1; a >= 0; --a) {
-    at[a] = index % size[a];
-    index /= size[a];
-  }
-  return index;
 }

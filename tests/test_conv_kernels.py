@@ -7,6 +7,7 @@ more than a block has, a filter more, a sum that ends inside a step.
 
 from contextlib import contextmanager
 from math import prod
+from unittest import mock
 
 import emulator
 import numpy as np
@@ -21,9 +22,9 @@ from cuconv.cuda.conv import conv, kernel_grad
 from cuconv.cuda.runtime import CudaRuntime, current, device_array, probe
 from cuconv.cuda.transpose import conv_transpose
 from cuconv.plan import conv as plan_conv_module
-from cuconv.plan import simt, transpose
+from cuconv.plan import mma, simt, transpose
 from cuconv.plan.devices import DEVICES
-from cuconv.plan.types import ELEMENTS
+from cuconv.plan.types import ELEMENTS, PlanError
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +39,29 @@ LIMITS = DEVICES["H200"]
 
 @contextmanager
 def only(dtype: str, tile):
-    """Plans find no other tile than this one."""
-    key = ELEMENTS[dtype].sum_bytes
-    kept, simt.TILES[key] = simt.TILES[key], (tile,)
-    forget_plans()
-    try:
-        yield
-    finally:
-        simt.TILES[key] = kept
+    """Plans find no other tile than this one: of the ordinary units, or of tensor cores, with its step and stages."""
+    simt_tiles, choose = {ELEMENTS[dtype].sum_bytes: (tile,)}, simt.choose_tile
+    if on_tensor_cores(tile):
+        simt_tiles, choose = {}, mma.choose_tile
+    with (
+        mock.patch.dict(simt.TILES, simt_tiles),
+        mock.patch.object(mma, "TILES", (tile[:4],)),
+        mock.patch.object(mma, "STEPS", (tile[4:],)),
+        mock.patch.object(plan_conv_module, "_choose", choose),
+        mock.patch.object(plan_conv_module, "plan_narrow", side_effect=PlanError("only that tile")),
+    ):
         forget_plans()
+        yield
+    forget_plans()
+
+
+def on_tensor_cores(tile) -> bool:
+    return len(tile) == 6
 
 
 def forget_plans():
     plans = (plan_conv_module.plan_conv, plan_conv_module.plan_kernel_grad, transpose.plan_transpose)
-    for function in (*plans, simt.choose_tile):
+    for function in (*plans, simt.choose_tile, mma.choose_tile):
         function.cache_clear()
 
 
@@ -121,6 +131,7 @@ def trace(seed=1):
 TILES = [
     (dtype, tile) for dtype in ("float32", "float64", "complex128") for tile in simt.TILES[ELEMENTS[dtype].sum_bytes]
 ]
+TENSOR_TILES = [(*tile, *step) for tile in mma.TILES for step in mma.STEPS]
 
 
 def around(rank: int, count: int) -> tuple[int, ...]:
@@ -151,24 +162,33 @@ def tile_cases(tile, rank, data_format):
         yield *shapes(1, (11,), 2, (2,), 3), {**base, "padding": (3, 4), "strides": 5}
 
 
-def run_tile(dtype, tile, rank, data_format, make_runtime=trace):
+def run_tile(dtype, tile, rank, data_format, make_runtime=trace, cases=range(99)):
+    too_narrow = 0  # accesses, for the registers of a large tile on tensor cores
     with only(dtype, tile):
         for number, (x_shape, w_shape, options) in enumerate(tile_cases(tile, rank, data_format)):
+            if number not in cases:
+                continue
             case = Case(x_shape, w_shape, dtype, seed=number, **options)
             runtime = make_runtime(seed=number + 1)
             try:
                 case.check(runtime)
                 assert_tile(tile, runtime)
+            except PlanError as error:
+                if not on_tensor_cores(tile) or "registers a thread" not in str(error):
+                    raise
+                too_narrow += 1
             except (AssertionError, emulator.EmulationError) as error:
                 error.add_note(f"x {x_shape}, w {w_shape}, {options}; {getattr(runtime, 'launches', ())[-1:]}")
                 raise
 
+    assert too_narrow <= 2
+
 
 def assert_tile(tile, runtime):
-    """The matrix products had no other."""
-    constants = [dict(plan.constants) for plan in getattr(runtime, "launches", ())]
-    tiles = {(each["BM"], each["BN"]) for each in constants if "BM" in each}
-    assert tiles == {tile[:2]} or isinstance(runtime, CudaRuntime)
+    """The kernels that the tile is of had no other."""
+    kernels = ("conv_mma",) if on_tensor_cores(tile) else ("conv_simt", "kernel_grad_simt")
+    constants = [dict(plan.constants) for plan in getattr(runtime, "launches", ()) if plan.kernel in kernels]
+    assert {(each["BM"], each["BN"]) for each in constants} == {tile[:2]} or isinstance(runtime, CudaRuntime)
 
 
 def name(value):
@@ -178,6 +198,20 @@ def name(value):
 @pytest.mark.parametrize("tile", simt.TILES[4][::3], ids=name)
 def test_large_and_small_tiles(tile):
     run_tile("float32", tile, 1, "channels_last")
+
+
+@pytest.mark.parametrize(
+    "dtype, rank, data_format",
+    [
+        ("float16", 1, "channels_last"),
+        ("bfloat16", 2, "channels_first"),
+        ("bfloat16", 3, "channels_last"),
+        ("float16", 1, "channels_first"),
+    ],
+)
+@pytest.mark.parametrize("tile", TENSOR_TILES[-2:], ids=name)
+def test_tensor_cores(dtype, rank, data_format, tile):
+    run_tile(dtype, tile, rank, data_format)
 
 
 @pytest.mark.parametrize("rank, data_format", [(2, "channels_last"), (3, "channels_first")])
@@ -205,6 +239,18 @@ def test_every_dtype(dtype, data_format):
 @pytest.mark.parametrize("dtype, tile", TILES, ids=name)
 def test_every_tile_of_every_kind(dtype, tile, rank, data_format):
     run_tile(dtype, tile, rank, data_format)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", range(len(TENSOR_TILES)), ids=lambda number: name(TENSOR_TILES[number]))
+def test_every_tile_of_tensor_cores(number):
+    """Every tile in both data formats, one for each of its steps, and every rank with several tiles.
+
+    Only the cases that wide accesses, narrow ones and groups are for: it is compiling that takes time.
+    """
+    data_format = ("channels_last", "channels_first")[number % 2]
+    dtype = ("float16", "bfloat16")[number // 2 % 2]
+    run_tile(dtype, TENSOR_TILES[number], number % 3 + 1, data_format, cases=(0, 2, 3))
 
 
 @pytest.mark.gpu
@@ -351,8 +397,9 @@ def last_blocks(plan):
     return [plan.grid[0] - 1]
 
 
+@pytest.mark.parametrize("tile", [(128, 64, 8, 8), (64, 64, 32, 32, 64, 4)], ids=name)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_indices_beyond_32_bits(data_format):
+def test_indices_beyond_32_bits(data_format, tile):
     """x and y have 2**31 elements and more; only the last block runs, on memory that exists where it is touched."""
     first = data_format == "channels_first"
     n, c = 2**29 + 77, 4
@@ -364,7 +411,8 @@ def test_indices_beyond_32_bits(data_format):
     tail = (slice(None), slice(None), slice(n - 300, n)) if first else (slice(None), slice(n - 300, n))
     x[tail] = uniform(rng, x[tail].shape, "float16")
     runtime = EmulatedRuntime(LIMITS, blocks=last_blocks)
-    conv(runtime, shape, x, w, None, None, y, 0)
+    with only("float16", tile):
+        conv(runtime, shape, x, w, None, None, y, 0)
     (plan,) = runtime.launches
     assert plan.index_bytes == 8
     whole = oracle.conv(x[tail], w, padding="same", data_format=data_format)

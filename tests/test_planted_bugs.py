@@ -103,13 +103,13 @@ PLANTS = [
     Plant("the stride forgotten", "conv_simt.cu", "window[i][a] * p.stride[a] - p.pad[a]", "window[i][a] - p.pad[a]",
           lambda runtime: Case((2, 19, 4), (3, 4, 8), strides=2).check_forward(runtime), (WRONG,)),
     Plant("one bias for a vector", "conv_simt.cu", "widen(p.bias[f])", "widen(p.bias[f / 4 * 4])", forward, (WRONG,)),
-    Plant("a tap that never ends", "conv_simt.cu", "    d.channel -= p.channels;\n", "", forward, ("hang",)),
+    Plant("a tap that never ends", "conv.cuh", "    d.channel -= p.channels;\n", "", forward, ("hang",)),
     Plant("taps not reversed", "pack_weights.cu", "(p.taps[a] - 1 - t) * p.step[a]", "t * p.step[a]", input_grad,
           (WRONG,)),
     Plant("no barrier in a transposition", "pack_weights.cu", "  __syncthreads();\n", "", input_grad, ("race",)),
     Plant("no taps but the kernel's", "pack_weights.cu", "exists = exists && tap[a] < p.kernel[a];", "",
           input_grad, ("bounds",)),
-    Plant("no crop", "conv_simt.cu", "inside = inside && within(row.at[a] + column.at[a], p.full[a]);", "",
+    Plant("no crop", "conv.cuh", "inside = inside && within(row.at[a] + column.at[a], p.full[a]);", "",
           input_grad, ("bounds",)),
     Plant("positions of the next split", "kernel_grad_simt.cu", "bool inside = position < end;", "bool inside = true;",
           kernel_grad, ("bounds",)),
@@ -124,17 +124,63 @@ PLANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", PLANTS, ids=str)
-def test_planted_bug_is_caught(bug):
-    with planted(bug.file, bug.old, bug.new), only("float32", SMALL):
+# On tensor cores: five and seven steps of 32, the last one not full and, of five, where y goes; edges on every side.
+SMALL_TENSOR = (32, 32, 16, 16, 64, 4)
+
+
+def tensor(runtime):
+    Case((2, 41, 24), (6, 24, 40), "bfloat16", padding="same").check_forward(runtime)
+
+
+def tensor_steps(runtime):
+    Case((2, 41, 72), (2, 72, 40), "bfloat16").check_forward(runtime)
+
+
+def odd_tensor(runtime):
+    Case((2, 41, 13), (15, 13, 39), "float16", padding="same").check_forward(runtime)
+
+
+TENSOR_PLANTS = [
+    Plant("a group too early", "conv_mma.cu", "copy_async_wait<STAGES - 2>", "copy_async_wait<STAGES - 1>", tensor,
+          ("pending",)),
+    Plant("no barrier in the loop", "conv_mma.cu", "wait<STAGES - 2>();\n    __syncthreads();",
+          "wait<STAGES - 2>();", tensor, ("race",)),
+    Plant("a stage that is still read", "conv_mma.cu", "if (more) fetch(ahead);", "if (more) fetch(stage);", tensor,
+          ("race",)),
+    Plant("copies without zeros", "conv_mma.cu", "inside[j] >> i & 1);", "true);", tensor, ("bounds",)),
+    Plant("rows behind the last", "conv_mma.cu", "i * W_STEP < w_left);", "true);", tensor, ("bounds",)),
+    Plant("columns behind the last", "conv_mma.cu", "if (n0 + w_column >= p.columns) w_left = 0;", "", tensor,
+          ("bounds",)),
+    Plant("the channels of the step before", "conv_mma.cu", "offset[j] += BK * step_c;", "", tensor_steps, (WRONG,)),
+    Plant("another swizzle to read", "mma.cuh", "swizzle<X_ROW>(warp.m + lane % 16, lane / 16 * 16)",
+          "swizzle<X_ROW>(warp.m + lane % 16 + 2, lane / 16 * 16) - 2 * X_ROW", tensor, (WRONG,)),
+    Plant("halves of b exchanged", "mma.cuh", "b[j][1] = two[1], b[j + 1][0] = two[2]",
+          "b[j][1] = two[2], b[j + 1][0] = two[1]", tensor, (WRONG,)),
+    Plant("y over what is still read", "conv_mma.cu", "copy_async_wait<0>();\n  __syncthreads();",
+          "copy_async_wait<0>();", tensor, ("race",)),
+    Plant("y before it is there", "conv_mma.cu", "  __syncthreads();\n  for (int at", "  for (int at", tensor,
+          ("race",)),
+    Plant("stored before the product", "conv_mma.cu", "    if (more) put(ahead);\n", "    if (more) put(stage);\n",
+          odd_tensor, ("race",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bug, dtype, tile",
+    [*((bug, "float32", SMALL) for bug in PLANTS), *((bug, "bfloat16", SMALL_TENSOR) for bug in TENSOR_PLANTS)],
+    ids=str,
+)
+def test_planted_bug_is_caught(bug, dtype, tile):
+    with planted(bug.file, bug.old, bug.new), only(dtype, tile):
         caught = what_catches(bug.run, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=3.0))
     assert set(bug.caught) <= caught, caught
 
 
 def test_without_a_bug_nothing_is_caught():
-    with only("float32", SMALL):
-        for run in {bug.run for bug in PLANTS}:
-            assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
+    for plants, dtype, tile in ((PLANTS, "float32", SMALL), (TENSOR_PLANTS, "bfloat16", SMALL_TENSOR)):
+        with only(dtype, tile):
+            for run in {bug.run for bug in plants}:
+                assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
 
 
 def what_catches(run, runtime) -> set[str]:
@@ -182,12 +228,10 @@ def test_indices_of_32_bits_where_64_are_needed(monkeypatch):
     monkeypatch.setattr(conv_plans, "index_bytes", lambda *extents: 4)
     shape = geometry.conv_shape((1, 2**29 + 77, 4), (3, 4, 4), padding="same")
     x, y = np.zeros(shape.x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
-    conv_plans.plan_conv.cache_clear()
 
     def run(runtime):
         conv(runtime, shape, x, np.ones((3, 4, 4), np.float16), None, None, y, 0)
 
-    try:
-        assert "bounds" in what_catches(run, EmulatedRuntime(LIMITS, blocks=last_blocks))
-    finally:
-        conv_plans.plan_conv.cache_clear()
+    for tile in (SMALL, SMALL_TENSOR):
+        with only("float16", tile):
+            assert "bounds" in what_catches(run, EmulatedRuntime(LIMITS, blocks=last_blocks))

@@ -48,6 +48,7 @@ class Gate:
         loop: opcodes, and the share of the main loop's instructions that they must have.
         loop_needs: instructions that must occur in that loop.
         paired: that loop loads and stores 16 bytes at a time, one load for each store, and nothing else.
+        since, until: the first and the last compute capability that it holds for.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Gate:
     loop: tuple[tuple[str, ...], float] = ((), 0.0)
     loop_needs: tuple[str, ...] = ()
     paired: bool = False
+    since: tuple[int, int] = (7, 5)
+    until: tuple[int, int] = (99, 9)
 
 
 ALIGNED = (0, 0, 0)
@@ -66,6 +69,7 @@ WORKSPACE = 1 << 30  # bytes
 # 3 x 3, 256 channels to 256 filters: compute-bound, and everything a multiple of every tile.
 LAST = conv_shape((32, 64, 64, 256), (3, 3, 256, 256), padding="same")
 FIRST = conv_shape((32, 256, 64, 64), (3, 3, 256, 256), padding="same", data_format="channels_first")
+SEQUENCE = conv_shape((8, 16384, 128), (2, 128, 256), padding="causal", dilation_rate=512)
 STRIDED = conv_shape((32, 128, 128, 256), (4, 4, 256, 256), strides=2, padding="same")
 
 
@@ -114,8 +118,31 @@ STAGED = ("LDS.128",)
 
 GATES = (
     Gate("conv float32", _conv(LAST, "float32"), 128, WIDE, loop=(FP32, 0.80), loop_needs=STAGED),
-    Gate("conv float16", _conv(LAST, "float16"), 144, ("LDG.128", "STG.64"), loop=(FP32, 0.78), loop_needs=STAGED),
-    Gate("conv bfloat16", _conv(LAST, "bfloat16"), 144, ("LDG.128", "STG.64"), loop=(FP32, 0.78), loop_needs=STAGED),
+    Gate(
+        "conv float16",
+        _conv(LAST, "float16"),
+        144,
+        ("LDG.128", "STG.64"),
+        loop=(FP32, 0.78),
+        loop_needs=STAGED,
+        until=(7, 5),
+    ),
+    *(
+        Gate(
+            f"conv {name} on tensor cores",
+            _conv(shape, dtype),
+            216,
+            ("STG.128",),
+            loop=(("HMMA",), share),
+            loop_needs=("LDSM", *copies),
+            since=(8, 0),
+        )
+        for name, shape, dtype, share, copies in (
+            ("float16", LAST, "float16", 0.15, ("LDGSTS.128",)),
+            ("bfloat16 sequences", SEQUENCE, "bfloat16", 0.15, ("LDGSTS.128",)),
+            ("bfloat16 channels_first", FIRST, "bfloat16", 0.07, ("LDGSTS.128", "STS")),
+        )
+    ),
     Gate("conv float64", _conv(LAST, "float64"), 160, WIDE, loop=(("DFMA",), 0.50), loop_needs=STAGED),
     Gate("conv complex64", _conv(LAST, "complex64"), 128, WIDE, loop=(FP32, 0.80), loop_needs=STAGED),
     Gate("conv complex128", _conv(LAST, "complex128"), 160, WIDE, loop=(("DFMA",), 0.60), loop_needs=STAGED),
@@ -147,7 +174,7 @@ MISSED: dict[tuple[str, str], str] = {}
 
 def _cases():
     for gate in GATES:
-        for arch in ARCHITECTURES:
+        for arch in (each for each in ARCHITECTURES if gate.since <= LIMITS[each].capability <= gate.until):
             marks = [] if arch in DEFAULT else [pytest.mark.exhaustive]
             if reason := MISSED.get((gate.name, arch)):
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))

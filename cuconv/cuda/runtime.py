@@ -36,6 +36,7 @@ from cuconv.plan.types import (
     DeviceLimits,
     LaunchPlan,
     PlanError,
+    fp32_lanes,
 )
 
 Array = Any  # cupy.ndarray
@@ -178,9 +179,6 @@ def kernel_directory() -> Path:
 
 # --- Limits of a device ------------------------------------------------------------------------------------------
 
-# Multiply-adds of float32 that a multiprocessor starts a cycle, by compute capability; later ones are like the last.
-_FP32_LANES = {(7, 5): 64, (8, 0): 64, (8, 6): 128}
-
 
 def _limits(cupy: Any, index: int) -> DeviceLimits:
     """What the driver says; a data sheet's rates where it does not tell the clocks."""
@@ -193,8 +191,7 @@ def _limits(cupy: Any, index: int) -> DeviceLimits:
     memory_clock = 1e3 * (
         properties.get("memoryClockRate") or api.deviceGetAttribute(api.cudaDevAttrMemoryClockRate, index)
     )
-    lanes = next(lanes for known, lanes in reversed(_FP32_LANES.items()) if known <= capability)
-    fp32 = 2 * lanes * multiprocessors * clock
+    fp32 = 2 * fp32_lanes(capability) * multiprocessors * clock
     ratio = api.deviceGetAttribute(api.cudaDevAttrSingleToDoublePrecisionPerfRatio, index)
     sheet = _data_sheet(name, "sm_{}{}".format(*capability))
     return DeviceLimits(

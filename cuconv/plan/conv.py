@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
+from cuconv.plan import mma
+from cuconv.plan.cost import total
+from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
+from cuconv.plan.narrow import plan_narrow
 from cuconv.plan.reduce import plan_reduce
-from cuconv.plan.simt import BK, Operands, Product, Tile, choose_tile
+from cuconv.plan.simt import BK, CHOICE_FACTOR, Operands, Product, Tile, choose_tile
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
@@ -18,10 +22,14 @@ from cuconv.plan.types import (
     DeviceLimits,
     Element,
     LaunchPlan,
+    PlanError,
     index_bytes,
     vector,
 )
 
+# conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
+SPECIAL_FACTOR = 1.1
+LONGEST_STEP = 64  # values of k, of any kernel
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
 
@@ -40,7 +48,14 @@ def plan_conv(
     depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
     products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
     form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
-    return plan_form(form, dtype, activation, aligned, limits)
+    plan = plan_form(form, dtype, activation, aligned, limits)
+    try:
+        narrow = plan_narrow(shape, dtype, activation, aligned, limits)
+    except PlanError as error:
+        return _rejecting(plan, str(error))
+    if _seconds(narrow) <= SPECIAL_FACTOR * _seconds(plan):
+        return _rejecting(narrow, f"{plan.reason}: {_seconds(plan) * 1e6:.1f} us predicted")
+    return _rejecting(plan, f"{narrow.reason}: {_seconds(narrow) * 1e6:.1f} us predicted")
 
 
 @dataclass(frozen=True)
@@ -78,12 +93,10 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
     y_size = shape.batch * math.prod(sizes) * form.columns // phases * shape.groups
     w_size = form.depth * form.columns * shape.groups
 
-    block = VECTOR_BYTES // element.sum_bytes
     contiguous = not form.upsampled or max(form.upsampled[1]) == 1
     neighbours = form.columns // phases if last else math.prod(sizes) if contiguous else 1
-    vector_y = vector(element.bytes, block, neighbours, aligned[2])
     # The last positions and values of k of a tile lie behind the end, and their indices are computed all the same.
-    rows = (form.depth + 2 * BK) * form.w_pitch + w_size
+    rows = (form.depth + 2 * LONGEST_STEP) * form.w_pitch + w_size
     width = index_bytes(2 * x_size, 2 * y_size, rows, positions + 256, _furthest(shape))
     operands = Operands(
         vector_x=vector(element.bytes, channels, aligned[0]) if last else 1,
@@ -95,11 +108,14 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
         least_bytes=(x_size + w_size + y_size) * element.bytes,
     )
     product = Product(positions, form.columns, form.depth, shape.groups)
-    tile, rejected = choose_tile(product, element, operands, limits)
+    tile, rejected = _choose(product, element, operands, limits)
     needed = dataclasses.replace(tile.cost, least_flops=form.products * (8 if element.is_complex else 2))
     tile = dataclasses.replace(tile, cost=needed)
+    # Results go to y from a thread's block of sums, or where tensor cores made them through shared memory.
+    simt = isinstance(tile, Tile)
+    block = VECTOR_BYTES // (element.sum_bytes if simt else element.bytes)
     return LaunchPlan(
-        kernel="conv_simt",
+        kernel="conv_simt" if simt else "conv_mma",
         constants=(
             *_base_constants(shape, element, width),
             ("UPSAMPLED", int(bool(form.upsampled))),
@@ -107,7 +123,7 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
             *tile.constants,
             ("VECX", tile.vector_x),
             ("VECW", tile.vector_w),
-            ("VECY", vector_y),
+            ("VECY", vector(element.bytes, block, neighbours, aligned[2])),
         ),
         integers=(
             positions,
@@ -133,6 +149,20 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
     )
 
 
+def _choose(
+    product: Product, element: Element, operands: Operands, limits: DeviceLimits
+) -> tuple[Tile | mma.Tile, tuple[str, ...]]:
+    """The tile with the lowest predicted time, on tensor cores or on the ordinary units, and why the others lost."""
+    tile, lost = choose_tile(product, element, operands, limits)
+    try:
+        other, others = mma.choose_tile(product, element, operands, limits)
+    except PlanError as error:
+        return tile, (*lost, str(error))
+    if other.cost.seconds <= CHOICE_FACTOR * tile.cost.seconds:
+        return other, (*others, f"{tile}: {tile.cost.seconds * 1e6:.1f} us predicted", *lost)
+    return tile, (f"{other}: {other.cost.seconds * 1e6:.1f} us predicted", *lost, *others)
+
+
 @dataclass(frozen=True)
 class KernelGradPlan:
     """The launches of a kernel gradient: `grad`, and where positions are split, `reduce` of its partial sums.
@@ -144,6 +174,11 @@ class KernelGradPlan:
     grad: LaunchPlan
     reduce: LaunchPlan | None
     partial: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for both launches."""
+        return total(each.cost for each in (self.grad, self.reduce) if each is not None).seconds
 
 
 @functools.lru_cache(maxsize=4096)
@@ -212,9 +247,32 @@ def plan_kernel_grad(
         reason=f"{tile}; {splits} parts of {chunk} positions; {_why(tile, product, limits)}",
         rejected=rejected,
     )
+    found = [_with_reduction(grad, splits, count, dtype, aligned, limits)]
+    try:
+        tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits)
+        found.insert(0, _with_reduction(tensor, splits, count, dtype, aligned, limits))
+    except PlanError as error:
+        return dataclasses.replace(found[0], grad=_rejecting(grad, str(error)))
+    best = min(found, key=lambda plan: plan.seconds)
+    (other,) = (plan for plan in found if plan is not best)
+    word = f"{other.grad.reason}: {other.seconds * 1e6:.1f} us predicted"
+    return dataclasses.replace(best, grad=_rejecting(best.grad, word, *other.grad.rejected))
+
+
+def _with_reduction(
+    grad: LaunchPlan, splits: int, count: int, dtype: str, aligned: tuple[int, ...], limits: DeviceLimits
+) -> KernelGradPlan:
     if splits == 1:
         return KernelGradPlan(grad, None, 0)
     return KernelGradPlan(grad, plan_reduce(dtype, splits, count, aligned[2], limits), splits * count)
+
+
+def _seconds(plan: LaunchPlan) -> float:
+    return plan.cost.seconds if plan.cost else math.inf
+
+
+def _rejecting(plan: LaunchPlan, *words: str) -> LaunchPlan:
+    return dataclasses.replace(plan, rejected=(*plan.rejected, *words))
 
 
 def _span(shape: ConvShape) -> tuple[int, ...]:
@@ -227,7 +285,7 @@ def _furthest(shape: ConvShape) -> int:
         shape.in_size, shape.out_size, shape.strides, shape.k_eff, shape.dilation_rate, shape.pad_before, strict=True
     )
     return 2 * max(  # type: ignore[no-any-return]  # sizes are integers here
-        n + m * s + k_eff + BK * d + abs(pad) for n, m, s, k_eff, d, pad in axes
+        n + m * s + k_eff + LONGEST_STEP * d + abs(pad) for n, m, s, k_eff, d, pad in axes
     )
 
 
@@ -240,18 +298,19 @@ def _base_constants(shape: ConvShape, element: Element, width: int) -> tuple[tup
     )
 
 
-def _launch(tile: Tile, width: int) -> dict[str, Any]:
+def _launch(tile: Tile | mma.Tile, width: int) -> dict[str, Any]:
     return {
         "grid": (tile.blocks, 1, 1),
         "block": (tile.threads, 1, 1),
         "index_bytes": width,
         "shared_bytes": tile.shared_bytes,
+        "dynamic_shared_bytes": 0 if isinstance(tile, Tile) else tile.shared_bytes,
         "registers": tile.registers,
         "cost": tile.cost,
     }
 
 
-def _why(tile: Tile, product: Product, limits: DeviceLimits) -> str:
+def _why(tile: Tile | mma.Tile, product: Product, limits: DeviceLimits) -> str:
     """How much of the work is useful, and how full the device is."""
     useful = 100 * tile.cost.least_flops / max(1, tile.cost.flops)
     rounds = tile.blocks / limits.multiprocessors

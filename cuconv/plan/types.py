@@ -98,10 +98,20 @@ class DeviceLimits:
     tf32_rate: float = 0.0  # of the tensor cores
 
     @cached_property
+    def fp32_lanes(self) -> int:
+        """Multiply-adds of float32 that a multiprocessor starts a cycle."""
+        return fp32_lanes(self.capability)
+
+    @cached_property
     def capability(self) -> tuple[int, int]:
         """Major and minor compute capability."""
         number = int(self.arch.removeprefix("sm_").rstrip("af"))
         return number // 10, number % 10
+
+
+def fp32_lanes(capability: tuple[int, int]) -> int:
+    """Multiply-adds of float32 that a multiprocessor of that compute capability starts a cycle."""
+    return 64 if capability <= (8, 0) else 128
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,18 @@ class LaunchPlan:
     def threads(self) -> int:
         """Threads of a block."""
         return math.prod(self.block)
+
+    @property
+    def tile(self) -> str:
+        """Of a matrix product, "128x128x8, 8x8 a thread"; else ""."""
+        constants = dict(self.constants)
+        if "BM" not in constants:
+            return ""
+        text = "x".join(str(constants[name]) for name in ("BM", "BN", "BK") if name in constants)
+        for first, second, whose in (("TM", "TN", "thread"), ("WM", "WN", "warp")):
+            if first in constants and second in constants:
+                text += f", {constants[first]}x{constants[second]} a {whose}"
+        return text
 
     @cached_property
     def packed_integers(self) -> bytes:

@@ -1,0 +1,219 @@
+// conv_mma.cu -- convolution of any rank as an implicit matrix product on tensor cores, sm_80 and newer.
+//
+//   y[b,p,f] = act( bias[f] + sum over r,c of  x[b, p*stride + r*dilation - pad, c] * w[r,c,f] )
+//   x reads as zero outside its bounds.
+//
+// Twin   cuconv/reference/conv.py::conv, transpose.py::conv_transpose      Plan  cuconv/plan/conv.py, transpose.py
+// Test   tests/test_conv_kernels.py
+//
+// The product, its arrays and UPSAMPLED are those of conv_simt.cu. 16-bit elements and float (mma.cuh: PRECISION).
+//
+// Work split
+//   blockIdx.x   group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows of x
+//   one warp     WM x WN sums; one thread copies ROWS positions at SLOTS values of k, and LOADS vectors of w, a step
+//
+// Shared memory, STAGES of one step each:  xs [BM][BK]   ws [BK][BN]   (mma.cuh: swizzled); at the end the tile of y
+//   Copies run STAGES - 1 steps ahead and never pass through registers, except where fewer than 4 bytes are together:
+//   those are fetched before a product and stored behind it. Padding is what a copy fills with zeros. One barrier a step.
+
+#include "conv.cuh"
+#include "mma.cuh"
+
+// Set by the plan, besides those of conv.cuh and mma.cuh: ACTIVATION   STAGES   VECX VECW VECY   MIN_BLOCKS
+constexpr int VECTORS_K = BK / VECX;
+constexpr int SLOTS = CHANNELS_FIRST ? BK * 32 / THREADS : 1;
+constexpr int ROWS = CHANNELS_FIRST ? BM / 32 : BM * VECTORS_K / THREADS;
+constexpr int ROW_STEP = CHANNELS_FIRST ? 32 : THREADS / VECTORS_K;
+static_assert(SLOTS * ROWS * VECX * THREADS == BM * BK, "threads must share the copies of x evenly");
+static_assert(!CHANNELS_FIRST || VECX == 1, "channels_first reads x position by position");
+
+constexpr int VECTORS_N = BN / VECW;
+constexpr int W_STEP = larger(1, THREADS / VECTORS_N);  // rows of w from one load of a thread to its next
+constexpr int LOADS = ceil_div(BK, W_STEP);
+constexpr bool ALL_LOAD = BK % W_STEP == 0;
+static_assert(VECTORS_N <= THREADS && THREADS % VECTORS_N == 0, "threads must share the copies of w evenly");
+
+constexpr bool X_COPIED = VECX * sizeof(E) >= 4, W_COPIED = VECW * sizeof(E) >= 4;
+
+// The tile of y as it waits for its stores: rows are positions, of channels_first filters. The padding spreads what a
+// warp writes over the banks.
+constexpr int Y_ROWS = CHANNELS_FIRST ? BN : BM, Y_COLUMNS = CHANNELS_FIRST ? BM : BN;
+constexpr int Y_PITCH = Y_COLUMNS + 8;
+
+// One vector on its way to shared memory.
+template <int N, bool COPIED>
+struct Transfer {
+  Vector<E, N> v;
+
+  __device__ __forceinline__ void fetch(unsigned char* to, const E* from, bool inside) {
+    if constexpr (COPIED)
+      ptx::copy_async<N * sizeof(E)>(ptx::shared_address(to), from, inside);
+    else
+      v = load_or_zero<N>(from, inside);
+  }
+  __device__ __forceinline__ void put(unsigned char* to) const {
+    if constexpr (!COPIED) store(reinterpret_cast<E*>(to), v);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) unsigned char memory[];
+
+  Index tile = blockIdx.x;
+  const Index n0 = tile % p.tiles_n * BN;  // first column
+  tile /= p.tiles_n;
+  const Index m0 = tile % p.tiles_m * BM;  // first position
+  const Index g = tile / p.tiles_m;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+
+  // Elements from one position of x to the next, and from one channel to the next.
+  const Index step_l = CHANNELS_FIRST ? 1 : p.groups * p.channels;
+  const Index step_c = CHANNELS_FIRST ? volume(p.in) : 1;
+
+  // The windows of this thread's positions: first input on every axis, and its index in x. A position behind the last
+  // one gets a window outside of x.
+  const int row0 = CHANNELS_FIRST ? lane : thread / VECTORS_K;
+  Index window[ROWS][RANK], origin[ROWS];
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const Index m = m0 + row0 + i * ROW_STEP;
+    const Index b = split(m, p.out, window[i]);
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) window[i][a] = window[i][a] * p.stride[a] - p.pad[a];
+    origin[i] = (b * p.groups * volume(p.in) + g * step_c) * p.channels + linear(window[i], p.in) * step_l;
+    if (m >= p.positions) window[i][0] = NOWHERE;
+  }
+
+  // The k of each slot. What depends on its tap is found when that changes: where it lies behind an origin, and bit i
+  // of `inside`, whether window i has an input there.
+  Depth depth[SLOTS];
+  Index offset[SLOTS];
+  unsigned inside[SLOTS];
+  const auto slot_k = [&](int j) { return CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX; };
+  const auto arrive = [&](int j) {
+    settle(depth[j], p);
+    offset[j] = linear(depth[j].reach, p.in) * step_l + depth[j].channel * step_c;
+    inside[j] = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      bool here = depth[j].reach[0] < p.span[0];
+#pragma unroll
+      for (int a = 0; a < RANK; ++a) here &= within(window[i][a] + depth[j].reach[a], p.in[a]);
+      inside[j] |= unsigned(here) << i;
+    }
+  };
+#pragma unroll
+  for (int j = 0; j < SLOTS; ++j) {
+    depth[j] = {};
+    depth[j].channel = slot_k(j);
+    arrive(j);
+  }
+
+  // 1. Stage: from global to shared memory.
+  Transfer<VECX, X_COPIED> xr[SLOTS][ROWS];
+  Transfer<VECW, W_COPIED> wr[LOADS];
+  const int w_row = thread / VECTORS_N, w_column = thread % VECTORS_N * VECW;
+  Index w_left = p.depth - w_row;  // rows of w from this thread's first one on
+  if (n0 + w_column >= p.columns) w_left = 0;
+  const E* w_from = p.w + (g * p.w_group + w_row * p.w_pitch + n0 + w_column);
+  // Where they go: the swizzle repeats after 8 rows.
+  const auto x_to = [&](int i, int j) {
+    const int first = ROW_STEP % 8 ? i * ROW_STEP : 0;
+    return swizzle<X_ROW>(row0 + first, slot_k(j) * int(sizeof(E))) + (i * ROW_STEP - first) * X_ROW;
+  };
+  const auto w_to = [&](int i) {
+    const int first = W_STEP % 8 ? i * W_STEP : 0;
+    return X_BYTES + swizzle<W_ROW, W_WORDS>(w_row + first, w_column * int(sizeof(E))) + (i * W_STEP - first) * W_ROW;
+  };
+  const auto fetch = [&](int stage) {
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+        xr[j][i].fetch(memory + stage + x_to(i, j), p.x + (origin[i] + offset[j]), inside[j] >> i & 1);
+      depth[j].channel += BK;
+      offset[j] += BK * step_c;
+      if (depth[j].channel >= p.channels) arrive(j);
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      if (ALL_LOAD || w_row + i * W_STEP < BK)
+        wr[i].fetch(memory + stage + w_to(i), w_from + i * W_STEP * p.w_pitch, i * W_STEP < w_left);
+    w_from += BK * p.w_pitch;
+    w_left -= BK;
+  };
+  const auto put = [&](int stage) {
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j)
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) xr[j][i].put(memory + stage + x_to(i, j));
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      if (ALL_LOAD || w_row + i * W_STEP < BK) wr[i].put(memory + stage + w_to(i));
+  };
+
+  // 2. Multiply-accumulate.
+  const Warp own(thread);
+  float acc[TM][TN][4] = {};
+  Index left = (p.depth + BK - 1) / BK;  // steps that are not fetched
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    if (left > stage) {
+      fetch(stage * STAGE_BYTES);
+      put(stage * STAGE_BYTES);
+    }
+    ptx::copy_async_commit();
+  }
+  int stage = 0, ahead = (STAGES - 1) * STAGE_BYTES;  // what is multiplied, and what is filled meanwhile
+  const auto next = [](int stage) { return stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES; };
+  for (; left > 0; --left) {
+    ptx::copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    const bool more = left >= STAGES;
+    if (more) fetch(ahead);
+    ptx::copy_async_commit();
+    multiply<E>(acc, memory, stage, own);
+    if (more) put(ahead);
+    stage = next(stage);
+    ahead = next(ahead);
+  }
+
+  // 3. Epilogue: bias and activation in registers, then through shared memory to whole vectors of y.
+  const Result result(p, g);
+  ptx::copy_async_wait<0>();
+  __syncthreads();
+  E* ys = reinterpret_cast<E*>(memory);
+#pragma unroll
+  for (int j = 0; j < 2 * TN; j += 2) {
+    float bias[2] = {};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      Index f;
+      const Index n = n0 + own.column(j + e);
+      result.column(n, f);
+      if (p.bias && n < p.columns) bias[e] = widen(p.bias[f]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * TM; ++i) {
+      Vector<E, 2> two;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) two.at[e] = finish<ACTIVATION, E>(acc[i / 2][j / 2][i % 2 * 2 + e] + bias[e]);
+      if constexpr (CHANNELS_FIRST) {
+        ys[own.column(j) * Y_PITCH + own.row(i)] = two.at[0];
+        ys[own.column(j + 1) * Y_PITCH + own.row(i)] = two.at[1];
+      } else {
+        store(ys + own.row(i) * Y_PITCH + own.column(j), two);
+      }
+    }
+  }
+  __syncthreads();
+  for (int at = thread * VECY; at < Y_ROWS * Y_COLUMNS; at += THREADS * VECY) {
+    const int across = at / Y_COLUMNS, along = at % Y_COLUMNS;
+    const Index m = m0 + (CHANNELS_FIRST ? along : across), n = n0 + (CHANNELS_FIRST ? across : along);
+    if (m >= p.positions || n >= p.columns) continue;
+    Index f;
+    const Place row = result.row(m), column = result.column(n, f);
+    if (!result.exists(row, column)) continue;
+    store(p.y + row.offset + column.offset, read<VECY>(ys + across * Y_PITCH + along));
+  }
+}
