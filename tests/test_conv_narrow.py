@@ -141,7 +141,7 @@ def test_problem(rank, dtype, channels, stride, padding, filters):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 9, 16])
+@pytest.mark.parametrize("channels", [1, 4, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_problem(rank, dtype, channels):
@@ -184,8 +184,8 @@ def test_ordinary_tile(sizes):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("passes", narrow._PASSES)
-@pytest.mark.parametrize("dtype, sizes", [(dtype, sizes) for dtype in DTYPES for sizes in TILES[dtype]], ids=str)
+@pytest.mark.parametrize("passes", narrow._PASSES[::2])
+@pytest.mark.parametrize("dtype, sizes", [(dtype, sizes) for dtype in DTYPES[1:] for sizes in TILES[dtype]], ids=str)
 def test_every_tile(dtype, sizes, passes):
     check_tile(dtype, sizes, passes)
 
@@ -492,7 +492,7 @@ def test_activations_take_no_stack(activation):
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(emulator.nvrtc.missing() is not None, reason=str(emulator.nvrtc.missing()))
-@pytest.mark.parametrize("device", ["A100", "RTX 4090", "H200", "RTX 5090"])
+@pytest.mark.parametrize("device", ["A100", "H200"])
 @pytest.mark.parametrize("name", STEMS)
 def test_no_tile_takes_a_stack(name, device):
     shape, dtype, _ = STEMS[name]
