@@ -49,6 +49,7 @@ def only(dtype: str, tile):
         mock.patch.object(mma, "STEPS", (tile[4:],)),
         mock.patch.object(plan_conv_module, "_choose", choose),
         mock.patch.object(plan_conv_module, "plan_narrow", side_effect=PlanError("only that tile")),
+        mock.patch.object(plan_conv_module, "plan_halo", side_effect=PlanError("only that tile")),
     ):
         forget_plans()
         yield

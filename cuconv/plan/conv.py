@@ -11,6 +11,7 @@ from typing import Any
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan import mma
 from cuconv.plan.cost import total
+from cuconv.plan.halo import plan_halo
 from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
 from cuconv.plan.narrow import plan_narrow
 from cuconv.plan.reduce import plan_reduce
@@ -114,11 +115,12 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
     # Results go to y from a thread's block of sums, or where tensor cores made them through shared memory.
     simt = isinstance(tile, Tile)
     block = VECTOR_BYTES // (element.sum_bytes if simt else element.bytes)
-    return LaunchPlan(
+    plan = LaunchPlan(
         kernel="conv_simt" if simt else "conv_mma",
         constants=(
             *_base_constants(shape, element, width),
             ("UPSAMPLED", int(bool(form.upsampled))),
+            ("SPLIT", 0),
             ("ACTIVATION", ACTIVATION_CODES[activation]),
             *tile.constants,
             ("VECX", tile.vector_x),
@@ -144,9 +146,15 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
             *(size for sizes in form.upsampled for size in sizes),
         ),
         **_launch(tile, width),
-        reason=f"{tile}; {_why(tile, product, limits)}",
+        reason=f"{tile}: {tile.cost.bytes} bytes to shared memory; {_why(tile, product, limits)}",
         rejected=rejected,
     )
+    try:
+        halo = plan_halo(form, dtype, aligned, plan, limits)
+    except PlanError as error:
+        return _rejecting(plan, str(error))
+    best, other = (halo, plan) if _seconds(halo) <= CHOICE_FACTOR * _seconds(plan) else (plan, halo)
+    return _rejecting(best, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted", *other.rejected)
 
 
 def _choose(

@@ -223,16 +223,18 @@ def cost_of(
     loads: int,
     blocks: int,
     held: int,
+    rows: float | None = None,
 ) -> Cost:
-    """The model above. `loads` of a thread and step; `held`: blocks that a multiprocessor holds."""
+    """The model above. `loads` of a thread and step; `held`: blocks that a multiprocessor holds; `rows` of x a step, if not `bm`."""
     bm, bn, bk, wm, wn = sizes
     warps = bm // wm * (bn // wn)
+    rows = bm if rows is None else rows
     steps = max(1, -(-product.k // bk))
     done = 2 * bm * bn * bk * steps * blocks
     share = next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
     tensor = 2 * bm * bn * bk / (limits.fp16_rate * share / limits.multiprocessors)
-    shared = (warps * (wm + wn) + bm + bn) * bk * element.bytes / SHARED_BYTES_A_CYCLE / clock
+    shared = (warps * (wm + wn) + rows + bn) * bk * element.bytes / SHARED_BYTES_A_CYCLE / clock
     products = wm // 16 * (wn // 8) * (bk // 16)
     fragments = (wm // 16 + wn // 16) * (bk // 16)
     issued = warps * (products + fragments + 10 * loads + 40) / 4 / clock
@@ -240,7 +242,7 @@ def cost_of(
     busiest = -(-blocks // limits.multiprocessors)
     waiting = min(1.0, min(busiest, held) * warps / LATENCY_WARPS)
     compute = busiest * (steps + START_STEPS) * step / waiting
-    moved = blocks * steps * (bm + bn) * bk * element.bytes
+    moved = round(blocks * steps * (rows + bn) * bk * element.bytes)
     memory = max(operands.least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     least = 2 * product.m * product.n * product.k * product.groups
     return Cost(done, least, moved, operands.least_bytes, max(compute, memory) + LAUNCH_SECONDS)
