@@ -16,7 +16,7 @@
 //
 // Work split
 //   blockIdx.x   part of the panels, group, tile of BM positions, tile of BN columns; columns fastest
-//   a panel      one tap of the other axes and BK channels; its steps are the taps of the last axis
+//   a panel      BK channels and one tap of the other axes; its steps are the taps of the last axis
 //   one warp     WM x WN sums; all threads copy the next panel's rows of x, and every step one tile of w
 //
 // Shared memory   ws [STAGES][BK][BN] (mma.cuh: swizzled)   xs [2][rows_p * places][BK]   sources [rows_p * places]
@@ -27,7 +27,7 @@
 #define HALO
 #include "conv_mma.cuh"
 
-// Set by the plan, besides those of conv_mma.cuh: STAGES   MIN_BLOCKS
+// Set by the plan, besides those of conv_mma.cuh: STAGES   ROWS_P (p.rows_p)   WHOLE (channels are whole steps)   MIN_BLOCKS
 constexpr int VECTORS_K = BK / CHUNK, X_STEP = THREADS / VECTORS_K;
 constexpr int PITCH = X_ROW + 16;
 static_assert(sizeof(E) == 2 && !CHANNELS_FIRST && THREADS % VECTORS_K == 0, "threads must share rows of x evenly");
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   const Index g = tile % p.groups, part = tile / p.groups;
   const int thread = threadIdx.x, lane = thread % 32;
 
-  const int rows = int(p.rows_p * p.places), x_bytes = rows * PITCH;
+  const int rows = ROWS_P * int(p.places), x_bytes = rows * PITCH;
   unsigned char* const xs = memory + STAGES * W_BYTES;
   Source* const sources = reinterpret_cast<Source*>(xs + 2 * x_bytes);
 
@@ -93,14 +93,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   for (int row = thread; row < rows; row += THREADS) {
     const int residue = row / int(p.places);
     const Index at = m0 % p.run + row % int(p.places);
-    const Index run = m0 / p.run + at / (p.run + p.gap), j = at % (p.run + p.gap) * p.rows_p + residue;
+    const Index run = m0 / p.run + at / (p.run + p.gap), j = at % (p.run + p.gap) * ROWS_P + residue;
     const Index last = run == final / p.run ? final % p.run : p.run - 1;  // q of the run in this tile
     Index first[RANK];
     const Index b = locate(run * p.run, first);
 #pragma unroll
     for (int a = 0; a < RANK; ++a) first[a] = first[a] * p.stride[a] - p.pad[a];
     first[LAST] += j * p.unit;
-    const bool read = run <= final / p.run && j <= last * p.rows_p + (p.taps - 1) * p.rows_t;
+    const bool read = run <= final / p.run && j <= last * ROWS_P + (p.taps - 1) * p.rows_t;
     Source source{(b * volume(p.in) + linear(first, p.in)) * step_l + g * p.channels, 0};
     if (read && within(first[LAST], p.in[LAST])) {
       for (Index tap = 0; tap < outer; ++tap) {
@@ -118,8 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   }
 
   // The panels of this block.
-  const Index panels_c = (p.channels + BK - 1) / BK;
-  Index first = 0, panels = outer * panels_c;
+  Index first = 0, panels = (p.channels + BK - 1) / BK * outer;
 #if SPLIT
   first = part * p.chunk;
   panels = panels - first < p.chunk ? panels - first : p.chunk;
@@ -127,30 +126,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
 
   // 1. Stage: from global to shared memory.
   const int column = thread % VECTORS_K * CHUNK;
-  Index x_tap = first / panels_c, x_channel = first % panels_c * BK + column, x_reach = reach_of(x_tap);
+  Index x_channel = first / outer * BK + column, x_tap = first % outer;
   const unsigned x_to = ptx::shared_address(xs) + thread / VECTORS_K * PITCH + column * int(sizeof(E));
   const auto fetch_x = [&](int buffer) {
-    const bool inside = x_channel < p.channels;
-    const E* const from = p.x + (x_reach + x_channel);
+    const bool inside = WHOLE || x_channel < p.channels;
+    const E* const from = p.x + (reach_of(x_tap) + x_channel);
     unsigned to = x_to + buffer;
     for (int row = thread / VECTORS_K; row < rows; row += X_STEP) {
       const Source source = sources[row];
       ptx::copy_async<16>(to, from + source.offset, inside && source.taps >> x_tap & 1);
       to += X_STEP * PITCH;
     }
-    x_channel += BK;
-    if (x_channel - column >= p.channels) {
-      x_channel = column;
-      x_reach = reach_of(++x_tap);
-    }
+    if (++x_tap == outer) x_tap = 0, x_channel += BK;
   };
 
   const int w_row = thread / VECTORS_N, w_column = thread % VECTORS_N * CHUNK;
-  Index w_tap = 0, w_channel = first % panels_c * BK;
-  const Index step_t = p.channels * p.w_pitch;  // from one tap to the next
-  Index w_left = n0 + w_column < p.columns ? p.channels - w_channel - w_row : 0;  // rows of w from this thread's first on
-  const E* w_from = p.w + (g * p.w_group + first / panels_c * p.taps * step_t + (w_channel + w_row) * p.w_pitch + n0 +
-                           w_column);
+  const bool w_inside = n0 + w_column < p.columns;
+  // Elements from one tap of w to the next, and from the last one to the first one of the next channels.
+  const Index taps = outer * p.taps, step_t = p.channels * p.w_pitch, back_t = BK * p.w_pitch - (taps - 1) * step_t;
+  const Index channel = first / outer * BK + w_row;
+  Index w_tap = first % outer * p.taps;
+  Index w_left = w_inside ? p.channels - channel : 0;  // rows of w from this thread's first on
+  const E* w_from = p.w + (g * p.w_group + w_tap * step_t + channel * p.w_pitch + n0 + w_column);
   const auto w_to = [&](int i) {
     const int turned = W_STEP % 8 ? i * W_STEP : 0;
     return swizzle<W_ROW>(w_row + turned, w_column * int(sizeof(E))) + (i * W_STEP - turned) * W_ROW;
@@ -160,19 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
     for (int i = 0; i < LOADS; ++i)
       if (ALL_LOAD || w_row + i * W_STEP < BK)
         ptx::copy_async<16>(ptx::shared_address(memory) + stage + w_to(i), w_from + i * W_STEP * p.w_pitch,
-                            i * W_STEP < w_left);
-    w_from += step_t;
-    if (++w_tap == p.taps) {
-      w_tap = 0;
-      w_channel += BK;
-      w_left -= BK;
-      w_from += BK * p.w_pitch - p.taps * step_t;
-      if (w_channel >= p.channels) {  // on to the next tap of the other axes
-        w_from += p.taps * step_t - w_channel * p.w_pitch;
-        w_left += w_channel;
-        w_channel = 0;
-      }
-    }
+                            WHOLE ? w_inside : i * W_STEP < w_left);
+    const bool last = ++w_tap == taps;
+    w_from += last ? back_t : step_t;
+    if (last) w_tap = 0, w_left -= BK;
   };
 
   // 2. Multiply-accumulate.
@@ -207,8 +195,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   };
 
   // From one tap to the next: its rows of a residue lie `step` behind, or where that is the last residue `turn` more.
-  const int rest = int(p.rows_t % p.rows_p), turn = PITCH - x_bytes;
-  const int step = int(p.rows_t / p.rows_p + rest * p.places) * PITCH;
+  const int rest = int(p.rows_t % ROWS_P), turn = PITCH - x_bytes;
+  const int step = int(p.rows_t / ROWS_P + rest * p.places) * PITCH;
   Index left = panels * p.taps;  // steps whose w is not fetched
   __syncthreads();
   if (panels > 0) fetch_x(0);
@@ -218,30 +206,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
     ptx::copy_async_commit();
   }
   left -= STAGES - 1;
+  const auto arrive = [] {  // the step that is multiplied next
+    ptx::copy_async_wait<STAGES - 2>();
+    __syncthreads();
+  };
   int stage = 0, ahead = (STAGES - 1) * W_BYTES;  // what is multiplied, and what is filled meanwhile
   const auto next = [](int stage) { return stage == (STAGES - 1) * W_BYTES ? 0 : stage + W_BYTES; };
-  int buffer = 0;  // of xs
-  for (Index panel = 0; panel < panels; ++panel) {
-    int shift = buffer, residue = 0;
+  arrive();
+  for (Index panel = 0, buffer = 0; panel < panels; ++panel) {
+    int shift = int(buffer), residue = 0;
     buffer = x_bytes - buffer;
-    bool more = panel + 1 < panels;
-    for (Index tap = 0; tap < p.taps; ++tap) {
-      ptx::copy_async_wait<STAGES - 2>();
-      __syncthreads();
+    if (panel + 1 < panels) fetch_x(int(buffer));
+    for (Index tap = p.taps; tap > 0; --tap) {
       if (left > 0) fetch_w(ahead);
       --left;
-      if (more) fetch_x(buffer);
-      more = false;
       ptx::copy_async_commit();
       multiply_tap(shift, stage);
       stage = next(stage);
       ahead = next(ahead);
       shift += step;
       residue += rest;
-      if (residue >= p.rows_p) {
-        residue -= int(p.rows_p);
+      if (residue >= ROWS_P) {
+        residue -= ROWS_P;
         shift += turn;
       }
+      arrive();
     }
   }
 
