@@ -30,7 +30,7 @@
 // Set by the plan, besides those of conv_mma.cuh: STAGES   ROWS_P (p.rows_p)   WHOLE (channels are whole steps)   MIN_BLOCKS
 constexpr int VECTORS_K = BK / CHUNK, X_STEP = THREADS / VECTORS_K;
 constexpr int PITCH = X_ROW + 16;
-static_assert(sizeof(E) == 2 && !CHANNELS_FIRST && THREADS % VECTORS_K == 0, "threads must share rows of x evenly");
+static_assert(sizeof(E) == 2 && !CHANNELS_FIRST && X_STEP % 8 == 0, "threads must share rows of x evenly");
 
 constexpr int VECTORS_N = BN / CHUNK;
 constexpr int W_STEP = larger(1, THREADS / VECTORS_N);  // rows of w from one copy of a thread to its next
@@ -127,12 +127,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   // 1. Stage: from global to shared memory.
   const int column = thread % VECTORS_K * CHUNK;
   Index x_channel = first / outer * BK + column, x_tap = first % outer;
-  const unsigned x_to = ptx::shared_address(xs) + thread / VECTORS_K * PITCH + column * int(sizeof(E));
+  // Of rows of 64 bytes, 8 threads write two that are 4 apart, which meet no bank twice.
+  const int number = thread / VECTORS_K;
+  const int x_row = VECTORS_K < 8 ? (number & ~7) + (number >> 1 & 3) + (number & 1) * 4 : number;
+  const unsigned x_to = ptx::shared_address(xs) + x_row * PITCH + column * int(sizeof(E));
   const auto fetch_x = [&](int buffer) {
     const bool inside = WHOLE || x_channel < p.channels;
     const E* const from = p.x + (reach_of(x_tap) + x_channel);
     unsigned to = x_to + buffer;
-    for (int row = thread / VECTORS_K; row < rows; row += X_STEP) {
+    for (int row = x_row; row < rows; row += X_STEP) {
       const Source source = sources[row];
       ptx::copy_async<16>(to, from + source.offset, inside && source.taps >> x_tap & 1);
       to += X_STEP * PITCH;

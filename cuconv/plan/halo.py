@@ -102,6 +102,8 @@ class _Candidate:
     positions: int
     blocks_m: int
     blocks_n: int
+    chunk: int  # panels of a part
+    splits: int
     blocks: int
     shared_bytes: int
     registers: int
@@ -113,36 +115,49 @@ class _Candidate:
         return self.bm // self.wm * (self.bn // self.wn) * WARP
 
     def __str__(self) -> str:
-        return f"{self.order.name}, tile {self.bm}x{self.bn}x{self.bk}, {self.wm}x{self.wn} a warp"
+        parts = f", {self.splits} parts of k" if self.splits > 1 else ""
+        return f"{self.order.name}, tile {self.bm}x{self.bn}x{self.bk}, {self.wm}x{self.wn} a warp{parts}"
 
 
-def plan_halo(form: Form, dtype: str, aligned: tuple[int, ...], other: LaunchPlan, limits: DeviceLimits) -> LaunchPlan:
+def plan_halo(
+    form: Form, dtype: str, aligned: tuple[int, ...], other: LaunchPlan, limits: DeviceLimits, most: int = 1
+) -> LaunchPlan:
     """The launch of conv_halo.cu for `form`, with what else it could be in `rejected`.
 
     Args:
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
         other: the plan of the kernel that loads inputs once a tap; parameters begin as its do.
+        most: parts of K, at most; with more than one, sums go to y in their own dtype.
 
     Raises:
         PlanError: it does not compute this problem on this device, or nothing would be loaded once less.
     """
     element = ELEMENTS[dtype]
     _require(form, element, aligned, limits)
-    found = [
-        candidate
-        for order in orders(form)
-        for sizes in mma.TILES
-        for step_bytes, _ in mma.STEPS
-        if (candidate := _candidate(order, sizes, step_bytes // element.bytes, form, element, other, limits))
-    ]
+    found: list[_Candidate] = []
+    too_large = []
+    for order in orders(form):
+        tiles = [
+            candidate
+            for sizes in mma.TILES
+            for step_bytes, _ in mma.STEPS
+            if (candidate := _candidate(order, sizes, step_bytes // element.bytes, form, element, other, limits, most))
+        ]
+        found += tiles
+        too_large += [] if tiles else [f"{order.name}: the rows of x of no tile fit {limits.name}"]
     if not found:
-        raise PlanError(f"halo: the rows of x of no tile fit {limits.name}")
+        raise PlanError("; ".join(too_large))
     least = min(each.cost.seconds for each in found)
-    best = next(each for each in found if each.cost.seconds <= CHOICE_FACTOR * least)
+    # Of what takes the same time by this model, that which moves the fewest bytes.
+    best = min((each for each in found if each.cost.seconds <= CHOICE_FACTOR * least), key=lambda each: each.cost.bytes)
     lost = tuple(
-        f"{each}: {each.cost.bytes} bytes, {each.cost.seconds * 1e6:.1f} us predicted" for each in found if each is not best
+        f"{each}: {each.cost.bytes} bytes, {each.cost.seconds * 1e6:.1f} us predicted"
+        for each in found
+        if each is not best
     )
     order = best.order
+    result_bytes, y_aligned = (element.bytes, aligned[2]) if most == 1 else (element.sum_bytes, 0)
+    parts = (best.chunk, form.count) if most > 1 else ()
     width = max(other.index_bytes, index_bytes(best.positions + 256))
     known = dict(other.constants)
     shape = form.shape
@@ -163,7 +178,7 @@ def plan_halo(form: Form, dtype: str, aligned: tuple[int, ...], other: LaunchPla
             ("ROWS_P", order.rows_p),
             ("WHOLE", int(shape.in_channels // shape.groups % best.bk == 0)),
             ("MIN_BLOCKS", best.min_blocks),
-            ("VECY", math.gcd(VECTOR_BYTES // element.bytes, _neighbours(form), aligned[2])),
+            ("VECY", math.gcd(VECTOR_BYTES // result_bytes, form.results[1] // shape.groups, y_aligned)),
         ),
         integers=(
             best.positions,
@@ -181,6 +196,7 @@ def plan_halo(form: Form, dtype: str, aligned: tuple[int, ...], other: LaunchPla
             *shape.dilation_rate,
             *shape.pad_before,
             *form.span,
+            *parts,
             order.taps,
             order.strands,
             order.run,
@@ -197,7 +213,7 @@ def plan_halo(form: Form, dtype: str, aligned: tuple[int, ...], other: LaunchPla
         dynamic_shared_bytes=best.shared_bytes,
         registers=best.registers,
         reason=f"{best}: {best.cost.bytes} bytes to shared memory; {_why(best, limits)}",
-        rejected=lost,
+        rejected=(*lost, *too_large),
         cost=best.cost,
     )
 
@@ -219,11 +235,6 @@ def _require(form: Form, element: Element, aligned: tuple[int, ...], limits: Dev
         raise PlanError("halo: x or w does not begin on a 16-byte boundary")
 
 
-def _neighbours(form: Form) -> int:
-    """Columns that are neighbours in y."""
-    return form.columns // math.prod(form.upsampled[2]) if form.upsampled else form.columns
-
-
 def _why(best: _Candidate, limits: DeviceLimits) -> str:
     useful = 100 * best.cost.least_flops / max(1, best.cost.flops)
     return f"{useful:.0f} % of its products count, {best.blocks / limits.multiprocessors:.1f} blocks a multiprocessor"
@@ -237,6 +248,7 @@ def _candidate(
     element: Element,
     other: LaunchPlan,
     limits: DeviceLimits,
+    most: int,
 ) -> _Candidate | None:
     bm, bn, wm, wn = sizes
     shape = form.shape
@@ -248,11 +260,12 @@ def _candidate(
     rows = order.rows_p * order.places(bm)
     source_bytes = 8 if other.index_bytes == 4 else 16
     staged = STAGES * bk * bn * element.bytes + rows * (2 * (bk * element.bytes + PITCH_PADDING) + source_bytes)
-    shared_bytes = max(staged, bm * (bn + mma.RESULT_PADDING) * element.bytes)
+    result_bytes = element.bytes if most == 1 else element.sum_bytes
+    shared_bytes = max(staged, bm * (bn + mma.RESULT_PADDING) * result_bytes)
     if shared_bytes > limits.shared_bytes:
         return None
     loads = -(-bk * vectors_n // threads)
-    registers = -(-(wm * wn // WARP + (wm + wn) // 4 + wm // 16 + 2 * loads + 44) // 8) * 8
+    registers = -(-(wm * wn // WARP + (wm + wn) // 4 + wm // 16 + 2 * loads + 56) // 8) * 8
     if registers > REGISTERS_PER_THREAD - 16:
         return None
     min_blocks = 1
@@ -263,11 +276,14 @@ def _candidate(
     runs = shape.batch * math.prod(shape.out_size[:-1]) * order.strands
     positions = runs * order.run
     blocks_m, blocks_n = -(-positions // bm), -(-form.columns // bn)
-    blocks = blocks_m * blocks_n * shape.groups
+    panels = outer * -(-channels // bk)
+    chunk = -(-panels // most)
+    splits = -(-panels // chunk)
+    blocks = blocks_m * blocks_n * shape.groups * splits
     held = min(resident(limits, threads, registers, shared_bytes))
     if blocks > INT32_MAX or not held:
         return None
-    depth = outer * order.taps * -(-channels // bk) * bk  # steps of every tap are whole
+    depth = chunk * order.taps * bk  # of a block; steps of every tap are whole
     rows_step = order.rows(runs, bm) / (max(1, blocks_m) * order.taps)
     least_bytes = other.cost.least_bytes if other.cost else 0
     operands = Operands(VECTOR_BYTES // 2, VECTOR_BYTES // 2, False, False, other.index_bytes, shape.rank, least_bytes)
@@ -275,5 +291,20 @@ def _candidate(
     cost = mma.cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads, blocks, held, rows_step)
     cost = dataclasses.replace(cost, least_flops=2 * form.products)
     return _Candidate(
-        order, bm, bn, bk, wm, wn, positions, blocks_m, blocks_n, blocks, shared_bytes, registers, min_blocks, cost
+        order,
+        bm,
+        bn,
+        bk,
+        wm,
+        wn,
+        positions,
+        blocks_m,
+        blocks_n,
+        chunk,
+        splits,
+        blocks,
+        shared_bytes,
+        registers,
+        min_blocks,
+        cost,
     )

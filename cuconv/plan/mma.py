@@ -11,6 +11,7 @@ and a launch as long as its busiest multiprocessor, or as the memory and the L2 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class Tile:
     vector_w: int  # and to the operand with columns n
     blocks_m: int
     blocks_n: int
+    splits: int
     blocks: int
     shared_bytes: int
     registers: int
@@ -153,8 +155,11 @@ def _candidate(
     if not operands.transposed and (bm * vectors_k % threads or threads % vectors_k):
         return f"{name}: its threads do not share the copies of x evenly"
     stage = (bm + bn) * bk * element.bytes
+    chunk = -(-product.k // (product.most * bk)) * bk  # values of k of a part
+    splits = max(1, -(-product.k // max(1, chunk)))
+    result_bytes = element.bytes if product.most == 1 else element.sum_bytes
     rows, columns = (bn, bm) if operands.transposed else (bm, bn)
-    shared_bytes = max(stages * stage, rows * (columns + RESULT_PADDING) * element.bytes)
+    shared_bytes = max(stages * stage, rows * (columns + RESULT_PADDING) * result_bytes)
     if shared_bytes > limits.shared_bytes:
         return f"{name}: {shared_bytes} bytes of shared memory are more than {limits.name} gives a block"
     loads_x = bm * bk // (operands.vector_x * threads)
@@ -166,13 +171,14 @@ def _candidate(
     if _fits_in_128(element, operands, threads, wm * wn):
         min_blocks, registers = 2, min(registers, 128)
     blocks_m, blocks_n = -(-product.m // bm), -(-product.n // bn)
-    blocks = blocks_m * blocks_n * product.groups
+    blocks = blocks_m * blocks_n * product.groups * splits
     if blocks > INT32_MAX:
         return f"{name}: {blocks} blocks are more than a grid has"
     held = min(resident(limits, threads, registers, shared_bytes))
     if not held:
         return f"{name}: a multiprocessor of {limits.name} does not hold a block"
-    cost = cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads_x + loads_w, blocks, held)
+    part = dataclasses.replace(product, k=min(product.k, chunk))
+    cost = cost_of(part, element, operands, limits, (bm, bn, bk, wm, wn), loads_x + loads_w, blocks, held)
     return Tile(
         bm,
         bn,
@@ -184,6 +190,7 @@ def _candidate(
         operands.vector_w,
         blocks_m,
         blocks_n,
+        splits,
         blocks,
         shared_bytes,
         registers,

@@ -1,11 +1,21 @@
-"""Plans of the reduction that ends a split gradient."""
+"""Plans of the reductions that end a product whose sums were split."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from cuconv.plan.cost import LAUNCH_SECONDS
-from cuconv.plan.types import ELEMENTS, VECTOR_BYTES, Cost, DeviceLimits, LaunchPlan, index_bytes, vector
+from cuconv.plan.types import (
+    ACTIVATION_CODES,
+    ELEMENTS,
+    VECTOR_BYTES,
+    Cost,
+    DeviceLimits,
+    LaunchPlan,
+    index_bytes,
+    vector,
+)
 
 THREADS = 256
 
@@ -40,4 +50,37 @@ def plan_reduce(dtype: str, splits: int, count: int, aligned: int, limits: Devic
         reason=f"{splits} parts of {count} sums in ascending order, {width} an access",
         # The product that made the sums has counted these additions as the definition's.
         cost=Cost(additions, 0, bytes_, bytes_, bytes_ / limits.bandwidth + LAUNCH_SECONDS),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_conv_reduce(
+    dtype: str,
+    activation: str,
+    splits: int,
+    count: int,
+    inner: int,
+    filters: int,
+    aligned: int,
+    limits: DeviceLimits,
+) -> LaunchPlan:
+    """Adds `splits` rows of `count` partial sums, a bias, and applies an activation, for (partial, bias, out).
+
+    Args:
+        dtype, aligned: as :func:`plan_reduce`.
+        inner, filters: result i has filter ``i // inner % filters``.
+    """
+    plan = plan_reduce(dtype, splits, count, aligned, limits)
+    known = dict(plan.constants)
+    return dataclasses.replace(
+        plan,
+        kernel="conv_reduce",
+        constants=(
+            ("ELEMENT", known["ELEMENT"]),
+            ("INDEX", known["INDEX"]),
+            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            ("THREADS", known["THREADS"]),
+            ("VEC", known["VEC"]),
+        ),
+        integers=(splits, count, inner, filters),
     )
