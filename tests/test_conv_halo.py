@@ -43,8 +43,9 @@ def only(tile, step, order=None):
     with (
         orders,
         mock.patch.object(mma, "TILES", (tile,)),
-        mock.patch.object(mma, "STEPS", ((step, 3),)),
-        mock.patch.object(conv_plans, "CHOICE_FACTOR", math.inf),
+        mock.patch.object(mma, "STEPS", ((step, 4),)),
+        mock.patch.object(conv_plans, "_is_better", return_value=True),
+        mock.patch.object(conv_plans, "PARTS", ()),
         mock.patch.object(conv_plans, "plan_narrow", side_effect=PlanError("only that tile")),
     ):
         forget_plans()
@@ -69,7 +70,7 @@ def cases(bm, bn):
     yield (1, bm + 3, 32), (2, 16, 32), "phase", {"padding": "causal", "dilation_rate": 7, "groups": 2}
     # A stride and a dilation with a common factor, and without; more strands than positions.
     yield (1, 2 * bm - 5, 8), (3, 8, 8), "phase", {"strides": 4, "dilation_rate": 6, "padding": "same"}
-    yield (2, 70, 8), (3, 8, 24), "halo", {"strides": 3, "dilation_rate": 2, "padding": "same"}
+    yield (2, 70, 8), (3, 8, 24), "halo", {"strides": 2, "dilation_rate": 3, "padding": "same"}
     yield (1, 9, 8), (3, 8, 8), "phase", {"dilation_rate": 11, "padding": "same"}
     # Taps of other axes.
     yield (2, 5, bm // 4 + 3, 24), (3, 3, 24, 8), "halo", {"padding": "same", "strides": (2, 1)}
@@ -143,16 +144,12 @@ def test_the_same_bits_in_any_order_of_threads():
 
 @emulated
 def test_what_no_output_reads_does_not_matter():
-    """Inputs between windows, and an input that is not a number: it reaches the outputs that read it and no others."""
-    case = Case((1, 83, 8), (2, 8, 8), "float16", strides=4)
-    never = np.ones(83, bool)
-    for _, _, i in oracle.reads((83,), (2,), 4, "valid", 1)[1]:
-        never[i] = False
-    case.x[:, never] = np.nan
+    """Inputs behind the last window; and an input that is no number reaches the outputs that read it, and no others."""
+    case = Case((1, 86, 8), (5, 8, 8), "float16", strides=4)
+    expected = oracle.conv(case.x, case.w, case.bias, strides=4)
+    case.x[:, 85:] = np.nan
     with only(*SMALL):
-        y = case.forward(trace())
-    case.x[:, never] = 0
-    assert_close(y, oracle.conv(case.x, case.w, case.bias, strides=4), dtype="float16", terms=16)
+        assert_close(case.forward(trace()), expected, dtype="float16", terms=40)
 
     for order in ("halo", "phase"):
         case = Case((2, 50, 8), (3, 8, 16), "float16", padding="same", dilation_rate=3)
@@ -212,7 +209,7 @@ def test_bytes_are_those_of_the_model(dilation_rate, order):
 
 @emulated
 @pytest.mark.parametrize(
-    "options", [{}, {"strides": 2}, {"dilation_rate": 5}, {"strides": 3, "dilation_rate": 2}], ids=str
+    "options", [{}, {"strides": 2}, {"dilation_rate": 5}, {"strides": 2, "dilation_rate": 3}], ids=str
 )
 @pytest.mark.parametrize("step", [64, 128])
 def test_no_bank_conflicts(step, options):
@@ -260,11 +257,12 @@ PLANTS = [
     ("padding not zeroed", "if (read && within(first[LAST], p.in[LAST])) {", "if (read) {", sequences, "bounds"),
     ("padding of another axis not zeroed", "inside &= within(first[a] + rest % reaches[a] * p.dilation[a], p.in[a]);",
      "", images, "bounds"),
-    ("the sources of the first tap", "inside && source.taps >> x_tap & 1", "inside && source.taps & 1", images, "bounds"),
+    ("the sources of the first tap", "inside && source.taps >> x_tap & 1", "inside && source.taps & 1", images,
+     "bounds"),
     ("taps of another axis not advanced", "if (++x_tap == outer) x_tap = 0, x_channel += BK;", "x_channel += BK;",
      images, WRONG),
-    ("the last row missing", "j <= last * ROWS_P + (p.taps - 1) * p.rows_t", "j < last * ROWS_P + (p.taps - 1) * p.rows_t",
-     sequences, WRONG),
+    ("the last row missing", "j <= last * ROWS_P + (p.taps - 1) * p.rows_t",
+     "j < last * ROWS_P + (p.taps - 1) * p.rows_t", sequences, WRONG),
     ("a stride without its residues", "        shift += turn;\n", "", strides, "uninitialised"),
     ("rows of a stride as neighbours", "* ROWS_P + residue;", "+ residue;", strides, WRONG),
     ("positions that do not exist", " && at[LAST] < p.out[LAST];", ";", strands, "bounds"),
@@ -345,6 +343,7 @@ def test_what_it_does_not_compute_is_said():
         (((8, 2048, 100), (3, 100, 128)), {}, "no whole vectors"),
         (((8, 2048, 128), (3, 128, 100)), {}, "no whole vectors"),
         (((8, 2048, 128), (1, 128, 128)), {}, "one tap"),
+        (((8, 2048, 128), (4, 128, 128)), {"strides": 4}, "no input has two taps"),
         (((8, 128, 2048), (3, 128, 128)), {"data_format": "channels_first"}, "channels_last"),
         (((8, 2048, 128), (3, 128, 128)), {"aligned": (1, 0, 0)}, "16-byte boundary"),
         (((2, 64, 64, 64), (33, 3, 64, 64)), {"padding": "same"}, "taps on the other axes"),

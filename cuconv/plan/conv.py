@@ -31,7 +31,7 @@ from cuconv.plan.types import (
 # conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
 SPECIAL_FACTOR = 1.1
 LONGEST_STEP = 64  # values of k, of any kernel
-PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of K, that are weighed where a launch leaves multiprocessors empty
+PARTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # of K, that are weighed where a launch leaves multiprocessors empty
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
 
@@ -95,7 +95,8 @@ class Form:
     @property
     def count(self) -> int:
         """Elements of y."""
-        return self.shape.batch * math.prod(self.results)
+        places, filters = self.results
+        return int(self.shape.batch) * places * filters
 
 
 def plan_form(
@@ -179,9 +180,7 @@ def plan_form(
         halo = plan_halo(form, dtype, aligned, plan, limits, most)
     except PlanError as error:
         return _rejecting(plan, str(error))
-    # Of what takes the same time by the model, that which moves fewer bytes.
-    near = _seconds(halo) <= CHOICE_FACTOR * _seconds(plan) and _bytes(halo) < _bytes(plan)
-    best, other = (halo, plan) if near or CHOICE_FACTOR * _seconds(halo) < _seconds(plan) else (plan, halo)
+    best, other = (halo, plan) if _is_better(halo, plan) else (plan, halo)
     return _rejecting(best, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted", *other.rejected)
 
 
@@ -382,8 +381,13 @@ def _seconds(plan: LaunchPlan) -> float:
     return plan.cost.seconds if plan.cost else math.inf
 
 
-def _bytes(plan: LaunchPlan) -> int:
-    return plan.cost.bytes if plan.cost else 0
+def _is_better(plan: LaunchPlan, other: LaunchPlan) -> bool:
+    """Whether it is predicted to be faster, or as fast with fewer bytes moved."""
+    ours, theirs = plan.cost, other.cost
+    if ours is None or theirs is None:
+        return False
+    near = ours.seconds <= CHOICE_FACTOR * theirs.seconds
+    return CHOICE_FACTOR * ours.seconds < theirs.seconds or (near and ours.bytes < theirs.bytes)
 
 
 def _rejecting(plan: LaunchPlan, *words: str) -> LaunchPlan:

@@ -38,7 +38,6 @@ from cuconv.plan.types import (
 if TYPE_CHECKING:
     from cuconv.plan.conv import Form
 
-STAGES = 3  # of w. One more, and the next rows of x might not be there in time with two taps
 MOST_OUTER = 32  # taps of the other axes: a source has a bit for each
 PITCH_PADDING = 16  # bytes of a row of xs
 ALIGNMENT = 8  # rows: runs begin at multiples of it, so that 8 positions in any runs meet no bank twice
@@ -99,6 +98,7 @@ class _Candidate:
     bk: int
     wm: int
     wn: int
+    stages: int
     positions: int
     blocks_m: int
     blocks_n: int
@@ -130,7 +130,7 @@ def plan_halo(
         most: parts of K, at most; with more than one, sums go to y in their own dtype.
 
     Raises:
-        PlanError: it does not compute this problem on this device, or nothing would be loaded once less.
+        PlanError: it does not compute this problem on this device, or no input would be loaded once less.
     """
     element = ELEMENTS[dtype]
     _require(form, element, aligned, limits)
@@ -140,8 +140,8 @@ def plan_halo(
         tiles = [
             candidate
             for sizes in mma.TILES
-            for step_bytes, _ in mma.STEPS
-            if (candidate := _candidate(order, sizes, step_bytes // element.bytes, form, element, other, limits, most))
+            for step in mma.STEPS
+            if (candidate := _candidate(order, sizes, step, form, element, other, limits, most))
         ]
         found += tiles
         too_large += [] if tiles else [f"{order.name}: the rows of x of no tile fit {limits.name}"]
@@ -174,7 +174,7 @@ def plan_halo(
             ("WM", best.wm),
             ("WN", best.wn),
             ("PRECISION", 0),
-            ("STAGES", STAGES),
+            ("STAGES", best.stages),
             ("ROWS_P", order.rows_p),
             ("WHOLE", int(shape.in_channels // shape.groups % best.bk == 0)),
             ("MIN_BLOCKS", best.min_blocks),
@@ -226,7 +226,9 @@ def _require(form: Form, element: Element, aligned: tuple[int, ...], limits: Dev
     if shape.data_format != CHANNELS_LAST:
         raise PlanError("halo: only channels_last")
     if form.depth == 0 or shape.kernel_size[-1] == 1:
-        raise PlanError("halo: one tap on the last axis, nothing to load once less")
+        raise PlanError("halo: one tap on the last axis")
+    if shape.kernel_size[-1] <= shape.strides[-1] // math.gcd(shape.strides[-1], shape.dilation_rate[-1]):
+        raise PlanError("halo: no input has two taps of the last axis")
     if math.prod(shape.kernel_size[:-1]) > MOST_OUTER:
         raise PlanError(f"halo: more than {MOST_OUTER} taps on the other axes")
     if channels % vector or form.columns % vector or form.w_pitch % vector or form.w_group % vector:
@@ -243,7 +245,7 @@ def _why(best: _Candidate, limits: DeviceLimits) -> str:
 def _candidate(
     order: Order,
     sizes: tuple[int, int, int, int],
-    bk: int,
+    step: tuple[int, int],
     form: Form,
     element: Element,
     other: LaunchPlan,
@@ -251,6 +253,9 @@ def _candidate(
     most: int,
 ) -> _Candidate | None:
     bm, bn, wm, wn = sizes
+    bk = step[0] // element.bytes
+    # The next rows of x are copied with the weights of a later step, which must not be later than they are needed.
+    stages = min(step[1], order.taps + 1)
     shape = form.shape
     channels = shape.in_channels // shape.groups
     threads = bm // wm * (bn // wn) * WARP
@@ -259,7 +264,7 @@ def _candidate(
         return None
     rows = order.rows_p * order.places(bm)
     source_bytes = 8 if other.index_bytes == 4 else 16
-    staged = STAGES * bk * bn * element.bytes + rows * (2 * (bk * element.bytes + PITCH_PADDING) + source_bytes)
+    staged = stages * bk * bn * element.bytes + rows * (2 * (bk * element.bytes + PITCH_PADDING) + source_bytes)
     result_bytes = element.bytes if most == 1 else element.sum_bytes
     shared_bytes = max(staged, bm * (bn + mma.RESULT_PADDING) * result_bytes)
     if shared_bytes > limits.shared_bytes:
@@ -297,6 +302,7 @@ def _candidate(
         bk,
         wm,
         wn,
+        stages,
         positions,
         blocks_m,
         blocks_n,

@@ -232,7 +232,13 @@ def cost_of(
     held: int,
     rows: float | None = None,
 ) -> Cost:
-    """The model above. `loads` of a thread and step; `held`: blocks that a multiprocessor holds; `rows` of x a step, if not `bm`."""
+    """The model above.
+
+    Args:
+        loads: of a thread and step.
+        held: blocks that a multiprocessor holds.
+        rows: of x that a step copies, where that is not `bm`.
+    """
     bm, bn, bk, wm, wn = sizes
     warps = bm // wm * (bn // wn)
     rows = bm if rows is None else rows
