@@ -19,7 +19,7 @@
 
 #include "conv_mma.cuh"
 
-// Set by the plan, besides those of conv_mma.cuh: STAGES   VECX VECW   MIN_BLOCKS
+// Set by the plan, besides those of conv_mma.cuh: STAGES   VECX VECW   WHOLE (channels are whole steps)   MIN_BLOCKS
 constexpr int VECTORS_K = BK / VECX;
 constexpr int SLOTS = CHANNELS_FIRST ? BK * 32 / THREADS : 1;
 constexpr int ROWS = CHANNELS_FIRST ? BM / 32 : BM * VECTORS_K / THREADS;
@@ -89,18 +89,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   // of `inside`, whether window i has an input there.
   Depth depth[SLOTS];
   Index offset[SLOTS];
-  unsigned inside[SLOTS];
+  bool inside[SLOTS][ROWS];
   const auto slot_k = [&](int j) { return CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX; };
   const auto arrive = [&](int j) {
     settle(depth[j], p);
     offset[j] = linear(depth[j].reach, p.in) * step_l + depth[j].channel * step_c;
-    inside[j] = 0;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       bool here = depth[j].reach[0] < p.span[0];
 #pragma unroll
       for (int a = 0; a < RANK; ++a) here &= within(window[i][a] + depth[j].reach[a], p.in[a]);
-      inside[j] |= unsigned(here) << i;
+      inside[j][i] = here;
     }
   };
 #pragma unroll
@@ -115,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   Transfer<VECW, W_COPIED> wr[LOADS];
   const int w_row = thread / VECTORS_N, w_column = thread % VECTORS_N * VECW;
   Index w_left = count - w_row;  // rows of w from this thread's first one on
-  if (n0 + w_column >= p.columns) w_left = 0;
+  const bool w_inside = n0 + w_column < p.columns;
+  if (!w_inside) w_left = 0;
   const E* w_from = p.w + (g * p.w_group + (first + w_row) * p.w_pitch + n0 + w_column);
   // Where they go: the swizzle repeats after 8 rows.
   const auto x_to = [&](int i, int j) {
@@ -131,15 +131,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
     for (int j = 0; j < SLOTS; ++j) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)
-        xr[j][i].fetch(memory + stage + x_to(i, j), p.x + (origin[i] + offset[j]), inside[j] >> i & 1);
-      depth[j].channel += BK;
+        xr[j][i].fetch(memory + stage + x_to(i, j), p.x + (origin[i] + offset[j]), inside[j][i]);
       offset[j] += BK * step_c;
+      if (WHOLE) continue;
+      depth[j].channel += BK;
       if (depth[j].channel >= p.channels) arrive(j);
     }
 #pragma unroll
     for (int i = 0; i < LOADS; ++i)
       if (ALL_LOAD || w_row + i * W_STEP < BK)
-        wr[i].fetch(memory + stage + w_to(i), w_from + i * W_STEP * p.w_pitch, i * W_STEP < w_left);
+        wr[i].fetch(memory + stage + w_to(i), w_from + i * W_STEP * p.w_pitch, WHOLE ? w_inside : i * W_STEP < w_left);
     w_from += BK * p.w_pitch;
     w_left -= BK;
   };
@@ -156,27 +157,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   // 2. Multiply-accumulate.
   const Warp own(thread);
   float acc[TM][TN][4] = {};
-  Index left = (count + BK - 1) / BK;  // steps that are not fetched
+  // Where channels are whole steps, all slots come to the next tap together, between two passes of the loop.
+  const Index steps = (count + BK - 1) / BK;
+  Index fetched = 0, same = steps;  // steps that are fetched, and that will be with the same tap
+  if (WHOLE && steps > 0) same = (p.channels - depth[0].channel + BK - 1) / BK;
+  const auto advance = [&] {
+    if (!WHOLE || same > 0) return;
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) {
+      depth[j].channel = p.channels + slot_k(j);
+      arrive(j);
+    }
+    same = p.channels / BK;
+  };
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (left > stage) {
+    if (fetched < steps) {
       fetch(stage * STAGE_BYTES);
       put(stage * STAGE_BYTES);
+      ++fetched, --same;
+      advance();
     }
     ptx::copy_async_commit();
   }
   int stage = 0, ahead = (STAGES - 1) * STAGE_BYTES;  // what is multiplied, and what is filled meanwhile
   const auto next = [](int stage) { return stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES; };
-  for (; left > 0; --left) {
-    ptx::copy_async_wait<STAGES - 2>();
-    __syncthreads();
-    const bool more = left >= STAGES;
-    if (more) fetch(ahead);
-    ptx::copy_async_commit();
-    multiply<E>(acc, memory, stage, own);
-    if (more) put(ahead);
-    stage = next(stage);
-    ahead = next(ahead);
+  for (Index done = 0; done < steps;) {
+    const Index rest = steps - fetched;
+    const bool more = rest > 0;
+    Index passes = !more ? steps - done : rest < same ? rest : same;
+    done += passes;
+    if (more) fetched += passes, same -= passes;
+    for (; passes > 0; --passes) {
+      ptx::copy_async_wait<STAGES - 2>();
+      __syncthreads();
+      if (more) fetch(ahead);
+      ptx::copy_async_commit();
+      multiply<E>(acc, memory, stage, own);
+      if (more) put(ahead);
+      stage = next(stage);
+      ahead = next(ahead);
+    }
+    advance();
   }
 
   // 3. Epilogue.

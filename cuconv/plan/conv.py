@@ -151,6 +151,7 @@ def plan_form(
             *tile.constants,
             ("VECX", tile.vector_x),
             ("VECW", tile.vector_w),
+            *(() if isinstance(tile, Tile) else (("WHOLE", int(channels % tile.bk == 0)),)),
             ("VECY", vector(y_bytes if most == 1 else element.sum_bytes, block, neighbours, y_aligned)),
         ),
         integers=(
