@@ -31,7 +31,8 @@ from cuconv.plan.types import (
 # conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
 SPECIAL_FACTOR = 1.1
 LONGEST_STEP = 64  # values of k, of any kernel
-PARTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # of K, that are weighed where a launch leaves multiprocessors empty
+FEW_BLOCKS = 2  # a multiprocessor: with fewer, either some are idle or the tiles are small ones for want of better
+PARTS = (2, 4, 8, 16)  # of K, that are weighed there
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
 
@@ -348,9 +349,9 @@ def plan_parts(
 ) -> Parts | None:
     """The launches of `form` in parts of K; None where `whole`, the launch without, is predicted to be as fast.
 
-    Only launches that leave multiprocessors empty are cut: a part costs sums as large as y, and a launch more.
+    Only launches of few blocks are cut: a part costs sums as large as y, and a launch more.
     """
-    if math.prod(whole.grid) >= limits.multiprocessors:
+    if math.prod(whole.grid) >= FEW_BLOCKS * limits.multiprocessors:
         return None
     element, shape = ELEMENTS[dtype], form.shape
     (places, filters), count = form.results, form.count
@@ -367,11 +368,16 @@ def plan_parts(
         parts = Parts(conv, reduce, splits * count)
         if best is None or parts.seconds * CHOICE_FACTOR < best.seconds:
             best = parts
-    if best is None or best.seconds * CHOICE_FACTOR > _seconds(whole):
+    if best is None or not _gains(best, whole):
         return None
     return dataclasses.replace(
         best, conv=_rejecting(best.conv, f"{whole.reason}: {_seconds(whole) * 1e6:.1f} us predicted in one part")
     )
+
+
+def _gains(parts: Parts, whole: LaunchPlan) -> bool:
+    """Whether splitting is predicted to pay, with both launches."""
+    return parts.seconds * CHOICE_FACTOR <= _seconds(whole)
 
 
 def _parts(splits: int) -> str:

@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
 from cuconv.plan.occupancy import resident
 from cuconv.plan.simt import CHOICE_FACTOR, Operands, Product
-from cuconv.plan.types import INT32_MAX, REGISTERS_PER_THREAD, WARP, Cost, DeviceLimits, Element, PlanError
+from cuconv.plan.types import (
+    INT32_MAX,
+    REGISTERS_PER_THREAD,
+    VECTOR_BYTES,
+    WARP,
+    Cost,
+    DeviceLimits,
+    Element,
+    PlanError,
+)
 
 OLDEST = (8, 0)  # compute capability
 RESULT_PADDING = 8  # elements in a row of the tile of y, as in conv_mma.cu
@@ -204,8 +213,8 @@ def _fits_in_128(element: Element, operands: Operands, threads: int, sums: int) 
 
     That it does is checked for every architecture by tests/test_static_gates.py.
     """
-    copied = min(operands.vector_x, operands.vector_w) * element.bytes >= 4 and not operands.transposed
-    return threads == 256 and sums == 64 * WARP and copied and operands.index_bytes == 4 and operands.rank <= 2
+    wide = min(operands.vector_x, operands.vector_w) * element.bytes == VECTOR_BYTES and not operands.transposed
+    return threads == 256 and sums == 64 * WARP and wide and operands.index_bytes == 4 and operands.rank <= 2
 
 
 def _registers(element: Element, operands: Operands, wm: int, wn: int, loads_x: int, loads_w: int) -> int:
