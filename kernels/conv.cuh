@@ -5,18 +5,27 @@
 #include "activations.cuh"
 #include "positions.cuh"
 
-// Set by the plan, besides those of positions.cuh: CHANNELS_FIRST UPSAMPLED
+// Set by the plan, besides those of positions.cuh: CHANNELS_FIRST UPSAMPLED SPLIT; conv_halo.cu defines HALO
+// SPLIT: a part of K has sums of its own, as large as y, which reduce_splits.cu adds up.
+using Y = conditional<SPLIT, S, E>;
+
 struct Params {
   const E* x;
   const E* w;
   const E* bias;  // null: none
-  E* y;
+  Y* y;
   Index positions, columns, depth;  // M, N, K of one group
   Index tiles_m, tiles_n;
   Index groups, channels;  // channels of x in one group
   Index w_pitch, w_group;
   Index in[RANK], out[RANK], stride[RANK], dilation[RANK], pad[RANK];
   Index span[RANK];  // taps * dilation
+#if SPLIT
+  Index chunk, total;  // of a part: values of k, in conv_halo.cu panels; of y: elements
+#endif
+#ifdef HALO
+  Index taps, strands, run, unit, rows_t, gap, places;  // see there
+#endif
 #if UPSAMPLED
   Index full[RANK], up[RANK], phases[RANK], shift[RANK];
 #endif
@@ -71,9 +80,14 @@ struct Result {
 
   // Of row m of the product.
   __device__ __forceinline__ Place row(Index m) const {
-    Place row;
     Index at[RANK];
     const Index b = split(m, p.out, at);
+    return place(b, at);
+  }
+
+  // Of batch item b and coordinates among positions.
+  __device__ __forceinline__ Place place(Index b, Index (&at)[RANK]) const {
+    Place row;
 #if UPSAMPLED
 #pragma unroll
     for (int a = 0; a < RANK; ++a) row.at[a] = at[a] = at[a] * p.up[a] + p.shift[a];

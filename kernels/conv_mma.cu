@@ -9,17 +9,17 @@
 // The product, its arrays and UPSAMPLED are those of conv_simt.cu. 16-bit elements and float (mma.cuh: PRECISION).
 //
 // Work split
-//   blockIdx.x   group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows of x
+//   blockIdx.x   part of K, group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows
+//                of x
 //   one warp     WM x WN sums; one thread copies ROWS positions at SLOTS values of k, and LOADS vectors of w, a step
 //
 // Shared memory, STAGES of one step each:  xs [BM][BK]   ws [BK][BN]   (mma.cuh: swizzled); at the end the tile of y
 //   Copies run STAGES - 1 steps ahead and never pass through registers, except where fewer than 4 bytes are together:
 //   those are fetched before a product and stored behind it. Padding is what a copy fills with zeros. One barrier a step.
 
-#include "conv.cuh"
-#include "mma.cuh"
+#include "conv_mma.cuh"
 
-// Set by the plan, besides those of conv.cuh and mma.cuh: ACTIVATION   STAGES   VECX VECW VECY   MIN_BLOCKS
+// Set by the plan, besides those of conv_mma.cuh: STAGES   VECX VECW   WHOLE (channels are whole steps)   MIN_BLOCKS
 constexpr int VECTORS_K = BK / VECX;
 constexpr int SLOTS = CHANNELS_FIRST ? BK * 32 / THREADS : 1;
 constexpr int ROWS = CHANNELS_FIRST ? BM / 32 : BM * VECTORS_K / THREADS;
@@ -34,11 +34,6 @@ constexpr bool ALL_LOAD = BK % W_STEP == 0;
 static_assert(VECTORS_N <= THREADS && THREADS % VECTORS_N == 0, "threads must share the copies of w evenly");
 
 constexpr bool X_COPIED = VECX * sizeof(E) >= 4, W_COPIED = VECW * sizeof(E) >= 4;
-
-// The tile of y as it waits for its stores: rows are positions, of channels_first filters. The padding spreads what a
-// warp writes over the banks.
-constexpr int Y_ROWS = CHANNELS_FIRST ? BN : BM, Y_COLUMNS = CHANNELS_FIRST ? BM : BN;
-constexpr int Y_PITCH = Y_COLUMNS + 8;
 
 // One vector on its way to shared memory.
 template <int N, bool COPIED>
@@ -63,7 +58,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   const Index n0 = tile % p.tiles_n * BN;  // first column
   tile /= p.tiles_n;
   const Index m0 = tile % p.tiles_m * BM;  // first position
-  const Index g = tile / p.tiles_m;
+  tile /= p.tiles_m;
+  const Index g = tile % p.groups, part = tile / p.groups;
+  Index first = 0, count = p.depth;  // the values of k of this block
+#if SPLIT
+  first = part * p.chunk;
+  count = p.depth - first < p.chunk ? p.depth - first : p.chunk;
+#endif
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   // Elements from one position of x to the next, and from one channel to the next.
@@ -88,24 +89,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   // of `inside`, whether window i has an input there.
   Depth depth[SLOTS];
   Index offset[SLOTS];
-  unsigned inside[SLOTS];
+  bool inside[SLOTS][ROWS];
   const auto slot_k = [&](int j) { return CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX; };
   const auto arrive = [&](int j) {
     settle(depth[j], p);
     offset[j] = linear(depth[j].reach, p.in) * step_l + depth[j].channel * step_c;
-    inside[j] = 0;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       bool here = depth[j].reach[0] < p.span[0];
 #pragma unroll
       for (int a = 0; a < RANK; ++a) here &= within(window[i][a] + depth[j].reach[a], p.in[a]);
-      inside[j] |= unsigned(here) << i;
+      inside[j][i] = here;
     }
   };
 #pragma unroll
   for (int j = 0; j < SLOTS; ++j) {
     depth[j] = {};
-    depth[j].channel = slot_k(j);
+    depth[j].channel = first + slot_k(j);
     arrive(j);
   }
 
@@ -113,9 +113,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   Transfer<VECX, X_COPIED> xr[SLOTS][ROWS];
   Transfer<VECW, W_COPIED> wr[LOADS];
   const int w_row = thread / VECTORS_N, w_column = thread % VECTORS_N * VECW;
-  Index w_left = p.depth - w_row;  // rows of w from this thread's first one on
-  if (n0 + w_column >= p.columns) w_left = 0;
-  const E* w_from = p.w + (g * p.w_group + w_row * p.w_pitch + n0 + w_column);
+  Index w_left = count - w_row;  // rows of w from this thread's first one on
+  const bool w_inside = n0 + w_column < p.columns;
+  if (!w_inside) w_left = 0;
+  const E* w_from = p.w + (g * p.w_group + (first + w_row) * p.w_pitch + n0 + w_column);
   // Where they go: the swizzle repeats after 8 rows.
   const auto x_to = [&](int i, int j) {
     const int first = ROW_STEP % 8 ? i * ROW_STEP : 0;
@@ -130,15 +131,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
     for (int j = 0; j < SLOTS; ++j) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)
-        xr[j][i].fetch(memory + stage + x_to(i, j), p.x + (origin[i] + offset[j]), inside[j] >> i & 1);
-      depth[j].channel += BK;
+        xr[j][i].fetch(memory + stage + x_to(i, j), p.x + (origin[i] + offset[j]), inside[j][i]);
       offset[j] += BK * step_c;
+      if (WHOLE) continue;
+      depth[j].channel += BK;
       if (depth[j].channel >= p.channels) arrive(j);
     }
 #pragma unroll
     for (int i = 0; i < LOADS; ++i)
       if (ALL_LOAD || w_row + i * W_STEP < BK)
-        wr[i].fetch(memory + stage + w_to(i), w_from + i * W_STEP * p.w_pitch, i * W_STEP < w_left);
+        wr[i].fetch(memory + stage + w_to(i), w_from + i * W_STEP * p.w_pitch, WHOLE ? w_inside : i * W_STEP < w_left);
     w_from += BK * p.w_pitch;
     w_left -= BK;
   };
@@ -155,65 +157,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   // 2. Multiply-accumulate.
   const Warp own(thread);
   float acc[TM][TN][4] = {};
-  Index left = (p.depth + BK - 1) / BK;  // steps that are not fetched
+  // Where channels are whole steps, all slots come to the next tap together, between two passes of the loop.
+  const Index steps = (count + BK - 1) / BK;
+  Index fetched = 0, same = steps;  // steps that are fetched, and that will be with the same tap
+  if (WHOLE && steps > 0) same = (p.channels - depth[0].channel + BK - 1) / BK;
+  const auto advance = [&] {
+    if (!WHOLE || same > 0) return;
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) {
+      depth[j].channel = p.channels + slot_k(j);
+      arrive(j);
+    }
+    same = p.channels / BK;
+  };
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (left > stage) {
+    if (fetched < steps) {
       fetch(stage * STAGE_BYTES);
       put(stage * STAGE_BYTES);
+      ++fetched, --same;
+      advance();
     }
     ptx::copy_async_commit();
   }
   int stage = 0, ahead = (STAGES - 1) * STAGE_BYTES;  // what is multiplied, and what is filled meanwhile
   const auto next = [](int stage) { return stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES; };
-  for (; left > 0; --left) {
-    ptx::copy_async_wait<STAGES - 2>();
-    __syncthreads();
-    const bool more = left >= STAGES;
-    if (more) fetch(ahead);
-    ptx::copy_async_commit();
-    multiply<E>(acc, memory, stage, own);
-    if (more) put(ahead);
-    stage = next(stage);
-    ahead = next(ahead);
+  for (Index done = 0; done < steps;) {
+    const Index rest = steps - fetched;
+    const bool more = rest > 0;
+    Index passes = !more ? steps - done : rest < same ? rest : same;
+    done += passes;
+    if (more) fetched += passes, same -= passes;
+    for (; passes > 0; --passes) {
+      ptx::copy_async_wait<STAGES - 2>();
+      __syncthreads();
+      if (more) fetch(ahead);
+      ptx::copy_async_commit();
+      multiply<E>(acc, memory, stage, own);
+      if (more) put(ahead);
+      stage = next(stage);
+      ahead = next(ahead);
+    }
+    advance();
   }
 
-  // 3. Epilogue: bias and activation in registers, then through shared memory to whole vectors of y.
+  // 3. Epilogue.
   const Result result(p, g);
-  ptx::copy_async_wait<0>();
-  __syncthreads();
-  E* ys = reinterpret_cast<E*>(memory);
-#pragma unroll
-  for (int j = 0; j < 2 * TN; j += 2) {
-    float bias[2] = {};
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      Index f;
-      const Index n = n0 + own.column(j + e);
-      result.column(n, f);
-      if (p.bias && n < p.columns) bias[e] = widen(p.bias[f]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * TM; ++i) {
-      Vector<E, 2> two;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) two.at[e] = finish<ACTIVATION, E>(acc[i / 2][j / 2][i % 2 * 2 + e] + bias[e]);
-      if constexpr (CHANNELS_FIRST) {
-        ys[own.column(j) * Y_PITCH + own.row(i)] = two.at[0];
-        ys[own.column(j + 1) * Y_PITCH + own.row(i)] = two.at[1];
-      } else {
-        store(ys + own.row(i) * Y_PITCH + own.column(j), two);
-      }
-    }
-  }
-  __syncthreads();
-  for (int at = thread * VECY; at < Y_ROWS * Y_COLUMNS; at += THREADS * VECY) {
-    const int across = at / Y_COLUMNS, along = at % Y_COLUMNS;
-    const Index m = m0 + (CHANNELS_FIRST ? along : across), n = n0 + (CHANNELS_FIRST ? across : along);
-    if (m >= p.positions || n >= p.columns) continue;
-    Index f;
-    const Place row = result.row(m), column = result.column(n, f);
-    if (!result.exists(row, column)) continue;
-    store(p.y + row.offset + column.offset, read<VECY>(ys + across * Y_PITCH + along));
-  }
+  store_tile(acc, memory, own, result, part, n0, [&](int i, Place& row) {
+    if (m0 + i < p.positions) row = result.row(m0 + i);
+    return m0 + i < p.positions;
+  });
 }

@@ -15,7 +15,8 @@
 // (pack_weights.cu), and the product goes to y[b, q*up + rho + shift, c], which exists inside `full` only.
 //
 // Work split
-//   blockIdx.x   group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows of x
+//   blockIdx.x   part of K, group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows
+//                of x
 //   one thread   TM x TN sums (simt.cuh); it loads ROWS positions at SLOTS values of k, and LOADS vectors of w, a step
 //
 // Shared memory, two stages of one step each:  xs [2][BK][BM + V]   ws [2][BK][BN]
@@ -44,7 +45,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
   const Index n0 = tile % p.tiles_n * BN;  // first column
   tile /= p.tiles_n;
   const Index m0 = tile % p.tiles_m * BM;  // first position
-  const Index g = tile / p.tiles_m;
+  tile /= p.tiles_m;
+  const Index g = tile % p.groups, part = tile / p.groups;
+  Index k0 = 0, end = p.depth;  // the first k that has not been fetched, and behind the last one of this block
+#if SPLIT
+  k0 = part * p.chunk;
+  end = p.depth - k0 < p.chunk ? p.depth : k0 + p.chunk;
+#endif
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   // Elements from one position of x to the next, and from one channel to the next.
@@ -68,14 +75,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
 #pragma unroll
   for (int j = 0; j < SLOTS; ++j) {
     depth[j] = {};
-    depth[j].channel = CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX;
+    depth[j].channel = k0 + (CHANNELS_FIRST ? warp + j * (THREADS / 32) : thread % VECTORS_K * VECX);
     settle(depth[j], p);
   }
 
   // 1. Stage: from global memory to registers, and a step later to shared memory.
   Vector<E, VECX> xr[SLOTS][ROWS];
   Vector<E, VECW> wr[LOADS];
-  Index k0 = 0;  // the first k that has not been fetched
   const auto fetch = [&] {
 #pragma unroll
     for (int j = 0; j < SLOTS; ++j) {
@@ -94,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
     for (int i = 0; i < LOADS; ++i) {
       const int at = thread + i * THREADS;
       const Index k = k0 + at / VECTORS_N, n = n0 + at % VECTORS_N * VECW;
-      const bool inside = at < BK * VECTORS_N && k < p.depth && n < p.columns;
+      const bool inside = at < BK * VECTORS_N && k < end && n < p.columns;
       wr[i] = load_or_zero<VECW>(p.w + (g * p.w_group + k * p.w_pitch + n), inside);
     }
     k0 += BK;
@@ -122,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
   stage(0);
   __syncthreads();
   int buffer = 0;
-  while (k0 < p.depth) {
+  while (k0 < end) {
     fetch();
     multiply(acc, xs[buffer], ws[buffer], own);
     buffer ^= 1;
@@ -133,6 +139,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
 
   // 3. Epilogue: the only place that tests the edges of y.
   const Result result(p, g);
+  Y* y = p.y;
+#if SPLIT
+  y += part * p.total;
+#endif
   // VECY results that are neighbours in y: positions in channels_first, else filters.
   constexpr int STEP_M = CHANNELS_FIRST ? VECY : 1, STEP_N = CHANNELS_FIRST ? 1 : VECY;
   Place columns[TN];
@@ -150,11 +160,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_simt(cons
 #pragma unroll
     for (int j = 0; j < TN; j += STEP_N) {
       if (n0 + own.column(j) >= p.columns || !result.exists(row, columns[j])) continue;
-      Vector<E, VECY> v;
+      Vector<Y, VECY> v;
 #pragma unroll
       for (int q = 0; q < VECY; ++q)
-        v.at[q] = finish<ACTIVATION, E>(add(acc[i + q % STEP_M][j + q % STEP_N], bias[j + q % STEP_N]));
-      store(p.y + row.offset + columns[j].offset, v);
+        v.at[q] = finish<ACTIVATION, Y>(add(acc[i + q % STEP_M][j + q % STEP_N], bias[j + q % STEP_N]));
+      store(y + row.offset + columns[j].offset, v);
     }
   }
 }

@@ -49,6 +49,8 @@ def only(dtype: str, tile):
         mock.patch.object(mma, "STEPS", (tile[4:],)),
         mock.patch.object(plan_conv_module, "_choose", choose),
         mock.patch.object(plan_conv_module, "plan_narrow", side_effect=PlanError("only that tile")),
+        mock.patch.object(plan_conv_module, "PARTS", ()),
+        mock.patch.object(plan_conv_module, "plan_halo", side_effect=PlanError("only that tile")),
     ):
         forget_plans()
         yield
@@ -60,8 +62,8 @@ def on_tensor_cores(tile) -> bool:
 
 
 def forget_plans():
-    plans = (plan_conv_module.plan_conv, plan_conv_module.plan_kernel_grad, transpose.plan_transpose)
-    for function in (*plans, simt.choose_tile, mma.choose_tile):
+    plans = (plan_conv_module.plan_conv, plan_conv_module.plan_conv_parts, plan_conv_module.plan_kernel_grad)
+    for function in (*plans, transpose.plan_transpose, simt.choose_tile, mma.choose_tile):
         function.cache_clear()
 
 

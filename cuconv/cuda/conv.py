@@ -6,7 +6,7 @@ from cuconv import activations
 from cuconv.activations import Activation
 from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
 from cuconv.geometry import ConvShape
-from cuconv.plan.conv import plan_conv, plan_kernel_grad
+from cuconv.plan.conv import plan_conv, plan_conv_parts, plan_kernel_grad
 from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS
 
 
@@ -20,13 +20,22 @@ def conv(
     out: Array,
     workspace: int,
 ) -> None:
-    """Write ``activation(conv(x, w) + bias)`` to `out`; arguments as :func:`cuconv.reference.conv.conv`."""
+    """Write ``activation(conv(x, w) + bias)`` to `out`; arguments as :func:`cuconv.reference.conv.conv`.
+
+    The same bits on every call: whether K is split depends on the shape, the device and `workspace` only.
+    """
     if out.size == 0:
         return
     x, w, bias = (compact(runtime, array) for array in (x, w, bias))
     with writing(runtime, out) as y:
-        plan = plan_conv(shape, dtype_name(out.dtype), name_of(activation), alignment(runtime, x, w, y), runtime.limits)
-        runtime.launch(plan, (x, w, bias, y))
+        dtype, name, aligned = dtype_name(out.dtype), name_of(activation), alignment(runtime, x, w, y)
+        parts = plan_conv_parts(shape, dtype, name, aligned, workspace, runtime.limits)
+        if parts is None:
+            runtime.launch(plan_conv(shape, dtype, name, aligned, runtime.limits), (x, w, bias, y))
+        else:
+            partial = runtime.empty((parts.partial,), ELEMENTS[dtype].sum_dtype)
+            runtime.launch(parts.conv, (x, w, None, partial))
+            runtime.launch(parts.reduce, (partial, bias, y))
 
 
 def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:

@@ -7,6 +7,7 @@ from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, w
 from cuconv.cuda.conv import name_of
 from cuconv.geometry import ConvShape
 from cuconv.plan.transpose import plan_transpose
+from cuconv.plan.types import ELEMENTS
 
 
 def conv_transpose(
@@ -29,9 +30,15 @@ def conv_transpose(
     y, w, bias = (compact(runtime, array) for array in (y, w, bias))
     with writing(runtime, out) as target:
         aligned = alignment(runtime, y, w, target)
-        plan = plan_transpose(shape, dtype_name(out.dtype), name_of(activation), aligned, runtime.limits)
+        dtype = dtype_name(out.dtype)
+        plan = plan_transpose(shape, dtype, name_of(activation), aligned, runtime.limits, workspace)
         packed = runtime.empty((plan.packed,), out.dtype) if plan.packed else None
         for part in plan.parts:
             if part.pack is not None:
                 runtime.launch(part.pack, (w, packed))
-            runtime.launch(part.conv, (y, packed, bias, target))
+            if part.reduce is None:
+                runtime.launch(part.conv, (y, packed, bias, target))
+            else:
+                partial = runtime.empty((plan.partial,), ELEMENTS[dtype].sum_dtype)
+                runtime.launch(part.conv, (y, packed, None, partial))
+                runtime.launch(part.reduce, (partial, bias, target))

@@ -11,9 +11,10 @@ from typing import Any
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan import mma
 from cuconv.plan.cost import total
+from cuconv.plan.halo import plan_halo
 from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
 from cuconv.plan.narrow import plan_narrow
-from cuconv.plan.reduce import plan_reduce
+from cuconv.plan.reduce import plan_conv_reduce, plan_reduce
 from cuconv.plan.simt import BK, CHOICE_FACTOR, Operands, Product, Tile, choose_tile
 from cuconv.plan.types import (
     ACTIVATION_CODES,
@@ -30,6 +31,8 @@ from cuconv.plan.types import (
 # conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
 SPECIAL_FACTOR = 1.1
 LONGEST_STEP = 64  # values of k, of any kernel
+FEW_BLOCKS = 2  # a multiprocessor: with fewer, either some are idle or the tiles are small ones for want of better
+PARTS = (2, 4, 8, 16)  # of K, that are weighed there
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
 
@@ -44,11 +47,7 @@ def plan_conv(
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
     """
-    columns = shape.filters // shape.groups
-    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
-    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
-    form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
-    plan = plan_form(form, dtype, activation, aligned, limits)
+    plan = plan_form(_form(shape), dtype, activation, aligned, limits)
     try:
         narrow = plan_narrow(shape, dtype, activation, aligned, limits)
     except PlanError as error:
@@ -56,6 +55,13 @@ def plan_conv(
     if _seconds(narrow) <= SPECIAL_FACTOR * _seconds(plan):
         return _rejecting(narrow, f"{plan.reason}: {_seconds(plan) * 1e6:.1f} us predicted")
     return _rejecting(plan, f"{narrow.reason}: {_seconds(narrow) * 1e6:.1f} us predicted")
+
+
+def _form(shape: ConvShape) -> Form:
+    columns = shape.filters // shape.groups
+    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
+    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
+    return Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
 
 
 @dataclass(frozen=True)
@@ -79,25 +85,44 @@ class Form:
     products: int
     upsampled: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def results(self) -> tuple[int, int]:
+        """Places of y in one batch item, and filters."""
+        sizes, phases = self.shape.out_size, 1
+        if self.upsampled:
+            sizes, phases = self.upsampled[0], math.prod(self.upsampled[2])
+        return math.prod(sizes), self.columns // phases * self.shape.groups
 
-def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
-    """The launch of conv_simt.cu for `form`; arguments as :func:`plan_conv`."""
+    @property
+    def count(self) -> int:
+        """Elements of y."""
+        places, filters = self.results
+        return int(self.shape.batch) * places * filters
+
+
+def plan_form(
+    form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits, most: int = 1
+) -> LaunchPlan:
+    """The launch for `form`; arguments as :func:`plan_conv`.
+
+    With `most` above one, K is cut into as many parts at most. Each has sums of its own, as large as y, in the dtype of
+    sums; `activation` is not applied then.
+    """
     shape, element = form.shape, ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
     channels = shape.in_channels // shape.groups
     positions = shape.batch * math.prod(shape.out_size)
     x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    sizes, phases = shape.out_size, 1
-    if form.upsampled:
-        sizes, phases = form.upsampled[0], math.prod(form.upsampled[2])
-    y_size = shape.batch * math.prod(sizes) * form.columns // phases * shape.groups
+    places, filters = form.results
+    y_size = form.count
     w_size = form.depth * form.columns * shape.groups
 
+    y_bytes, y_aligned = (element.bytes, aligned[2]) if most == 1 else (element.sum_bytes * most, 0)
     contiguous = not form.upsampled or max(form.upsampled[1]) == 1
-    neighbours = form.columns // phases if last else math.prod(sizes) if contiguous else 1
+    neighbours = filters // shape.groups if last else places if contiguous else 1
     # The last positions and values of k of a tile lie behind the end, and their indices are computed all the same.
     rows = (form.depth + 2 * LONGEST_STEP) * form.w_pitch + w_size
-    width = index_bytes(2 * x_size, 2 * y_size, rows, positions + 256, _furthest(shape))
+    width = index_bytes(2 * x_size, max(2, most) * y_size, rows, positions + 256, _furthest(shape))
     operands = Operands(
         vector_x=vector(element.bytes, channels, aligned[0]) if last else 1,
         vector_w=vector(element.bytes, form.columns, aligned[1]),
@@ -105,25 +130,30 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
         gradient=False,
         index_bytes=width,
         rank=shape.rank,
-        least_bytes=(x_size + w_size + y_size) * element.bytes,
+        least_bytes=(x_size + w_size) * element.bytes + y_size * y_bytes,
     )
-    product = Product(positions, form.columns, form.depth, shape.groups)
+    product = Product(positions, form.columns, form.depth, shape.groups, most)
     tile, rejected = _choose(product, element, operands, limits)
     needed = dataclasses.replace(tile.cost, least_flops=form.products * (8 if element.is_complex else 2))
     tile = dataclasses.replace(tile, cost=needed)
     # Results go to y from a thread's block of sums, or where tensor cores made them through shared memory.
     simt = isinstance(tile, Tile)
-    block = VECTOR_BYTES // (element.sum_bytes if simt else element.bytes)
-    return LaunchPlan(
+    block = VECTOR_BYTES // (element.sum_bytes if simt or most > 1 else element.bytes)
+    step = BK if isinstance(tile, Tile) else tile.bk
+    chunk = -(-form.depth // (tile.splits * step)) * step
+    parts = (chunk, y_size) if most > 1 else ()
+    plan = LaunchPlan(
         kernel="conv_simt" if simt else "conv_mma",
         constants=(
             *_base_constants(shape, element, width),
             ("UPSAMPLED", int(bool(form.upsampled))),
-            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            ("SPLIT", int(most > 1)),
+            ("ACTIVATION", ACTIVATION_CODES[activation] if most == 1 else 0),
             *tile.constants,
             ("VECX", tile.vector_x),
             ("VECW", tile.vector_w),
-            ("VECY", vector(element.bytes, block, neighbours, aligned[2])),
+            *(() if isinstance(tile, Tile) else (("WHOLE", int(channels % tile.bk == 0)),)),
+            ("VECY", vector(y_bytes if most == 1 else element.sum_bytes, block, neighbours, y_aligned)),
         ),
         integers=(
             positions,
@@ -141,12 +171,19 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
             *shape.dilation_rate,
             *shape.pad_before,
             *form.span,
+            *parts,
             *(size for sizes in form.upsampled for size in sizes),
         ),
         **_launch(tile, width),
-        reason=f"{tile}; {_why(tile, product, limits)}",
+        reason=f"{tile}{_parts(tile.splits)}: {tile.cost.bytes} bytes to shared memory; {_why(tile, product, limits)}",
         rejected=rejected,
     )
+    try:
+        halo = plan_halo(form, dtype, aligned, plan, limits, most)
+    except PlanError as error:
+        return _rejecting(plan, str(error))
+    best, other = (halo, plan) if _is_better(halo, plan) else (plan, halo)
+    return _rejecting(best, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted", *other.rejected)
 
 
 def _choose(
@@ -267,8 +304,97 @@ def _with_reduction(
     return KernelGradPlan(grad, plan_reduce(dtype, splits, count, aligned[2], limits), splits * count)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A convolution whose K is split: `conv` makes `partial` sums in all, `reduce` adds them up and ends it."""
+
+    conv: LaunchPlan
+    reduce: LaunchPlan
+    partial: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for both launches."""
+        return total((self.conv.cost, self.reduce.cost)).seconds
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_conv_parts(
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+) -> Parts | None:
+    """The plan of a convolution in parts of K, or None where :func:`plan_conv` is predicted to be as fast.
+
+    Args:
+        workspace: bytes that partial sums may take; the others as :func:`plan_conv`.
+    """
+    return plan_parts(
+        _form(shape),
+        dtype,
+        activation,
+        aligned,
+        workspace,
+        plan_conv(shape, dtype, activation, aligned, limits),
+        limits,
+    )
+
+
+def plan_parts(
+    form: Form,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    workspace: int,
+    whole: LaunchPlan,
+    limits: DeviceLimits,
+) -> Parts | None:
+    """The launches of `form` in parts of K; None where `whole`, the launch without, is predicted to be as fast.
+
+    Only launches of few blocks are cut: a part costs sums as large as y, and a launch more.
+    """
+    if math.prod(whole.grid) >= FEW_BLOCKS * limits.multiprocessors:
+        return None
+    element, shape = ELEMENTS[dtype], form.shape
+    (places, filters), count = form.results, form.count
+    inner = 1 if shape.data_format == CHANNELS_LAST else places
+    best = None
+    for most in PARTS:
+        if most * count * element.sum_bytes > workspace:
+            break
+        conv = plan_form(form, dtype, "linear", aligned, limits, most)
+        splits = conv.grid[0] // (conv.integers[3] * conv.integers[4] * shape.groups)
+        if splits == 1:
+            continue
+        reduce = plan_conv_reduce(dtype, activation, splits, count, inner, filters, aligned[2], limits)
+        parts = Parts(conv, reduce, splits * count)
+        if best is None or parts.seconds * CHOICE_FACTOR < best.seconds:
+            best = parts
+    if best is None or not _gains(best, whole):
+        return None
+    return dataclasses.replace(
+        best, conv=_rejecting(best.conv, f"{whole.reason}: {_seconds(whole) * 1e6:.1f} us predicted in one part")
+    )
+
+
+def _gains(parts: Parts, whole: LaunchPlan) -> bool:
+    """Whether splitting is predicted to pay, with both launches."""
+    return parts.seconds * CHOICE_FACTOR <= _seconds(whole)
+
+
+def _parts(splits: int) -> str:
+    return f", {splits} parts of k" if splits > 1 else ""
+
+
 def _seconds(plan: LaunchPlan) -> float:
     return plan.cost.seconds if plan.cost else math.inf
+
+
+def _is_better(plan: LaunchPlan, other: LaunchPlan) -> bool:
+    """Whether it is predicted to be faster, or as fast with fewer bytes moved."""
+    ours, theirs = plan.cost, other.cost
+    if ours is None or theirs is None:
+        return False
+    near = ours.seconds <= CHOICE_FACTOR * theirs.seconds
+    return CHOICE_FACTOR * ours.seconds < theirs.seconds or (near and ours.bytes < theirs.bytes)
 
 
 def _rejecting(plan: LaunchPlan, *words: str) -> LaunchPlan:

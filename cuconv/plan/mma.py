@@ -11,13 +11,23 @@ and a launch as long as its busiest multiprocessor, or as the memory and the L2 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
 from cuconv.plan.occupancy import resident
 from cuconv.plan.simt import CHOICE_FACTOR, Operands, Product
-from cuconv.plan.types import INT32_MAX, REGISTERS_PER_THREAD, WARP, Cost, DeviceLimits, Element, PlanError
+from cuconv.plan.types import (
+    INT32_MAX,
+    REGISTERS_PER_THREAD,
+    VECTOR_BYTES,
+    WARP,
+    Cost,
+    DeviceLimits,
+    Element,
+    PlanError,
+)
 
 OLDEST = (8, 0)  # compute capability
 RESULT_PADDING = 8  # elements in a row of the tile of y, as in conv_mma.cu
@@ -57,6 +67,7 @@ class Tile:
     vector_w: int  # and to the operand with columns n
     blocks_m: int
     blocks_n: int
+    splits: int
     blocks: int
     shared_bytes: int
     registers: int
@@ -153,8 +164,11 @@ def _candidate(
     if not operands.transposed and (bm * vectors_k % threads or threads % vectors_k):
         return f"{name}: its threads do not share the copies of x evenly"
     stage = (bm + bn) * bk * element.bytes
+    chunk = -(-product.k // (product.most * bk)) * bk  # values of k of a part
+    splits = max(1, -(-product.k // max(1, chunk)))
+    result_bytes = element.bytes if product.most == 1 else element.sum_bytes
     rows, columns = (bn, bm) if operands.transposed else (bm, bn)
-    shared_bytes = max(stages * stage, rows * (columns + RESULT_PADDING) * element.bytes)
+    shared_bytes = max(stages * stage, rows * (columns + RESULT_PADDING) * result_bytes)
     if shared_bytes > limits.shared_bytes:
         return f"{name}: {shared_bytes} bytes of shared memory are more than {limits.name} gives a block"
     loads_x = bm * bk // (operands.vector_x * threads)
@@ -166,13 +180,14 @@ def _candidate(
     if _fits_in_128(element, operands, threads, wm * wn):
         min_blocks, registers = 2, min(registers, 128)
     blocks_m, blocks_n = -(-product.m // bm), -(-product.n // bn)
-    blocks = blocks_m * blocks_n * product.groups
+    blocks = blocks_m * blocks_n * product.groups * splits
     if blocks > INT32_MAX:
         return f"{name}: {blocks} blocks are more than a grid has"
     held = min(resident(limits, threads, registers, shared_bytes))
     if not held:
         return f"{name}: a multiprocessor of {limits.name} does not hold a block"
-    cost = cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads_x + loads_w, blocks, held)
+    part = dataclasses.replace(product, k=min(product.k, chunk))
+    cost = cost_of(part, element, operands, limits, (bm, bn, bk, wm, wn), loads_x + loads_w, blocks, held)
     return Tile(
         bm,
         bn,
@@ -184,6 +199,7 @@ def _candidate(
         operands.vector_w,
         blocks_m,
         blocks_n,
+        splits,
         blocks,
         shared_bytes,
         registers,
@@ -197,8 +213,8 @@ def _fits_in_128(element: Element, operands: Operands, threads: int, sums: int) 
 
     That it does is checked for every architecture by tests/test_static_gates.py.
     """
-    copied = min(operands.vector_x, operands.vector_w) * element.bytes >= 4 and not operands.transposed
-    return threads == 256 and sums == 64 * WARP and copied and operands.index_bytes == 4 and operands.rank <= 2
+    wide = min(operands.vector_x, operands.vector_w) * element.bytes == VECTOR_BYTES and not operands.transposed
+    return threads == 256 and sums == 64 * WARP and wide and operands.index_bytes == 4 and operands.rank <= 2
 
 
 def _registers(element: Element, operands: Operands, wm: int, wn: int, loads_x: int, loads_w: int) -> int:
@@ -223,16 +239,24 @@ def cost_of(
     loads: int,
     blocks: int,
     held: int,
+    rows: float | None = None,
 ) -> Cost:
-    """The model above. `loads` of a thread and step; `held`: blocks that a multiprocessor holds."""
+    """The model above.
+
+    Args:
+        loads: of a thread and step.
+        held: blocks that a multiprocessor holds.
+        rows: of x that a step copies, where that is not `bm`.
+    """
     bm, bn, bk, wm, wn = sizes
     warps = bm // wm * (bn // wn)
+    rows = bm if rows is None else rows
     steps = max(1, -(-product.k // bk))
     done = 2 * bm * bn * bk * steps * blocks
     share = next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
     tensor = 2 * bm * bn * bk / (limits.fp16_rate * share / limits.multiprocessors)
-    shared = (warps * (wm + wn) + bm + bn) * bk * element.bytes / SHARED_BYTES_A_CYCLE / clock
+    shared = (warps * (wm + wn) + rows + bn) * bk * element.bytes / SHARED_BYTES_A_CYCLE / clock
     products = wm // 16 * (wn // 8) * (bk // 16)
     fragments = (wm // 16 + wn // 16) * (bk // 16)
     issued = warps * (products + fragments + 10 * loads + 40) / 4 / clock
@@ -240,7 +264,7 @@ def cost_of(
     busiest = -(-blocks // limits.multiprocessors)
     waiting = min(1.0, min(busiest, held) * warps / LATENCY_WARPS)
     compute = busiest * (steps + START_STEPS) * step / waiting
-    moved = blocks * steps * (bm + bn) * bk * element.bytes
+    moved = round(blocks * steps * (rows + bn) * bk * element.bytes)
     memory = max(operands.least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     least = 2 * product.m * product.n * product.k * product.groups
     return Cost(done, least, moved, operands.least_bytes, max(compute, memory) + LAUNCH_SECONDS)

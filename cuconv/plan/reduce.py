@@ -1,11 +1,20 @@
-"""Plans of the reduction that ends a split gradient."""
+"""Plans of the reductions that end a product whose sums were split."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from cuconv.plan.cost import slowest
-from cuconv.plan.types import ELEMENTS, VECTOR_BYTES, DeviceLimits, LaunchPlan, index_bytes, vector
+from cuconv.plan.types import (
+    ACTIVATION_CODES,
+    ELEMENTS,
+    VECTOR_BYTES,
+    DeviceLimits,
+    LaunchPlan,
+    index_bytes,
+    vector,
+)
 
 THREADS = 256
 
@@ -40,4 +49,37 @@ def plan_reduce(dtype: str, splits: int, count: int, aligned: int, limits: Devic
         reason=f"{splits} parts of {count} sums in ascending order, {width} an access",
         # The product that made the sums has counted these additions as the definition's.
         cost=slowest(additions, 0, bytes_, bytes_, {"memory": bytes_ / limits.bandwidth}),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_conv_reduce(
+    dtype: str,
+    activation: str,
+    splits: int,
+    count: int,
+    inner: int,
+    filters: int,
+    aligned: int,
+    limits: DeviceLimits,
+) -> LaunchPlan:
+    """Adds `splits` rows of `count` partial sums, a bias, and applies an activation, for (partial, bias, out).
+
+    Args:
+        dtype, aligned: as :func:`plan_reduce`.
+        inner, filters: result i has filter ``i // inner % filters``.
+    """
+    plan = plan_reduce(dtype, splits, count, aligned, limits)
+    known = dict(plan.constants)
+    return dataclasses.replace(
+        plan,
+        kernel="conv_reduce",
+        constants=(
+            ("ELEMENT", known["ELEMENT"]),
+            ("INDEX", known["INDEX"]),
+            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            ("THREADS", known["THREADS"]),
+            ("VEC", known["VEC"]),
+        ),
+        integers=(splits, count, inner, filters),
     )

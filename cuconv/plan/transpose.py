@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 
 from cuconv.geometry import ConvShape
-from cuconv.plan.conv import Form, plan_form
+from cuconv.plan.conv import Form, plan_form, plan_parts
 from cuconv.plan.cost import slowest, total
 from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes
 
@@ -51,41 +51,52 @@ class Phase:
 
 @dataclass(frozen=True)
 class Part:
-    """A convolution, and the packing of its weights before it; `pack` is None where no tap reaches these outputs."""
+    """A convolution, and the packing of its weights before it; `pack` is None where no tap reaches these outputs.
+
+    Where K is split, `reduce` ends the convolution, which makes partial sums.
+    """
 
     pack: LaunchPlan | None
     conv: LaunchPlan
+    reduce: LaunchPlan | None = None
 
 
 @dataclass(frozen=True)
 class TransposePlan:
-    """The launches of a transposed convolution, one after the other; they share `packed` elements of packed weights."""
+    """The launches of a transposed convolution, one after the other; they share `packed` elements of packed weights.
+
+    Attributes:
+        partial: partial sums, of the dtype of sums.
+    """
 
     parts: tuple[Part, ...]
     packed: int
     reason: str
+    partial: int = 0
 
     @property
     def cost(self) -> Cost:
         """Of all launches."""
-        return total(launch.cost for part in self.parts for launch in (part.pack, part.conv) if launch is not None)
+        launches = (launch for part in self.parts for launch in (part.pack, part.conv, part.reduce))
+        return total(launch.cost for launch in launches if launch is not None)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_transpose(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits, workspace: int = 0
 ) -> TransposePlan:
     """The plan of the transpose of `shape`: its input is ``shape.y_shape``, its output ``shape.x_shape``.
 
     Args:
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which y, w and the output lie behind a 16-byte boundary.
+        workspace: bytes that partial sums may take.
     """
     can_merge = [s == 1 or d == 1 for s, d in zip(shape.strides, shape.dilation_rate, strict=True)]
-    merged = _plan(shape, dtype, activation, aligned, limits, can_merge)
+    merged = _plan(shape, dtype, activation, aligned, limits, workspace, can_merge)
     if math.prod(shape.strides) == 1 or not any(can_merge):
         return merged
-    apart = _plan(shape, dtype, activation, aligned, limits, [s == 1 for s in shape.strides])
+    apart = _plan(shape, dtype, activation, aligned, limits, workspace, [s == 1 for s in shape.strides])
     return merged if merged.cost.seconds <= apart.cost.seconds else apart
 
 
@@ -95,18 +106,21 @@ def _plan(
     activation: str,
     aligned: tuple[int, ...],
     limits: DeviceLimits,
+    workspace: int,
     merge: list[bool],
 ) -> TransposePlan:
     axes = [axis_phases(shape, axis, merge[axis]) for axis in range(shape.rank)]
     parts = []
-    packed = 0
+    packed = partial = 0
+    # Partial sums are those of all outputs.
+    room = workspace if all(len(phases) == 1 for phases in axes) else 0
     for phases in itertools.product(*axes):
-        part, size = _part(shape, phases, dtype, activation, aligned, limits)
+        part, size, partial = _part(shape, phases, dtype, activation, aligned, limits, room)
         parts.append(part)
         packed = max(packed, size)
     side = math.prod(s for s, together in zip(shape.strides, merge, strict=True) if together)
     reason = f"sub-pixel form, {len(parts)} product(s) with {side} phase(s) side by side in the columns"
-    return TransposePlan(tuple(parts), packed, reason)
+    return TransposePlan(tuple(parts), packed, reason, partial)
 
 
 def axis_phases(shape: ConvShape, axis: int, merge: bool) -> list[Phase]:
@@ -141,8 +155,9 @@ def _part(
     activation: str,
     aligned: tuple[int, ...],
     limits: DeviceLimits,
-) -> tuple[Part, int]:
-    """The launches for one phase of every axis, and the elements of its packed weights."""
+    workspace: int,
+) -> tuple[Part, int, int]:
+    """The launches for one phase of every axis, the elements of its packed weights, and its partial sums."""
     channels, filters = shape.in_channels // shape.groups, shape.filters // shape.groups
     taps, side = math.prod(phase.taps for phase in phases), math.prod(phase.phases for phase in phases)
     depth, columns = taps * filters, side * channels
@@ -168,9 +183,14 @@ def _part(
     meetings = math.prod(n * phase.used for n, phase in zip(shape.out_size, phases, strict=True))
     products = shape.batch * meetings * channels * filters * shape.groups
     form = Form(part, columns, depth, columns, depth * columns, span, products, upsampled)
-    conv = plan_form(form, dtype, activation, (aligned[0], 0, aligned[2]), limits)
+    aligned = (aligned[0], 0, aligned[2])
+    conv = plan_form(form, dtype, activation, aligned, limits)
     pack = _plan_pack(shape, phases, dtype, limits) if taps else None
-    return Part(pack, conv), depth * columns * shape.groups
+    packed = depth * columns * shape.groups
+    split = plan_parts(form, dtype, activation, aligned, workspace, conv, limits) if taps else None
+    if split is None:
+        return Part(pack, conv), packed, 0
+    return Part(pack, split.conv, split.reduce), packed, split.partial
 
 
 def _plan_pack(shape: ConvShape, phases: tuple[Phase, ...], dtype: str, limits: DeviceLimits) -> LaunchPlan:
