@@ -19,17 +19,27 @@ def conv(
     activation: Activation | None,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write ``activation(conv(x, w) + bias)`` to `out`; arguments as :func:`cuconv.reference.conv.conv`."""
     if out.size == 0:
         return
     x, w, bias = (compact(runtime, array) for array in (x, w, bias))
     with writing(runtime, out) as y:
-        plan = plan_conv(shape, dtype_name(out.dtype), name_of(activation), alignment(runtime, x, w, y), runtime.limits)
+        aligned = alignment(runtime, x, w, y)
+        plan = plan_conv(shape, dtype_name(out.dtype), name_of(activation), aligned, runtime.limits, precision)
         runtime.launch(plan, (x, w, bias, y))
 
 
-def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
+def kernel_grad(
+    runtime: Runtime,
+    shape: ConvShape,
+    x: Array,
+    dy: Array,
+    out: Array,
+    workspace: int,
+    precision: str = "highest",
+) -> None:
     """Write the gradient of the kernel to `out`; arguments as :func:`cuconv.reference.conv.kernel_grad`.
 
     The same bits on every call: how positions are split depends on the shape, the device and `workspace` only.
@@ -39,7 +49,8 @@ def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Ar
         return
     x, dy = compact(runtime, x), compact(runtime, dy)
     with writing(runtime, out) as dw:
-        plan = plan_kernel_grad(shape, dtype_name(out.dtype), alignment(runtime, x, dy, dw), workspace, runtime.limits)
+        aligned = alignment(runtime, x, dy, dw)
+        plan = plan_kernel_grad(shape, dtype_name(out.dtype), aligned, workspace, runtime.limits, precision)
         if plan.reduce is None:
             runtime.launch(plan.grad, (x, dy, dw))
         else:

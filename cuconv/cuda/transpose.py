@@ -18,6 +18,7 @@ def conv_transpose(
     activation: Activation | None,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write the transposed convolution of `y` to `out`; as :func:`cuconv.reference.transpose.conv_transpose`.
 
@@ -29,7 +30,7 @@ def conv_transpose(
     y, w, bias = (compact(runtime, array) for array in (y, w, bias))
     with writing(runtime, out) as target:
         aligned = alignment(runtime, y, w, target)
-        plan = plan_transpose(shape, dtype_name(out.dtype), name_of(activation), aligned, runtime.limits)
+        plan = plan_transpose(shape, dtype_name(out.dtype), name_of(activation), aligned, runtime.limits, precision)
         packed = runtime.empty((plan.packed,), out.dtype) if plan.packed else None
         for part in plan.parts:
             if part.pack is not None:

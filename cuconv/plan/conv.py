@@ -36,19 +36,25 @@ LEAST_CHUNK = 128
 
 @functools.lru_cache(maxsize=4096)
 def plan_conv(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
+    shape: ConvShape,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
 ) -> LaunchPlan:
     """The plan of a convolution, for the arrays (x, w, bias, y).
 
     Args:
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
+        precision: "highest", or "high": products of float32 may be of TF32.
     """
     columns = shape.filters // shape.groups
     depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
     products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
     form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
-    plan = plan_form(form, dtype, activation, aligned, limits)
+    plan = plan_form(form, dtype, activation, aligned, limits, precision)
     try:
         narrow = plan_narrow(shape, dtype, activation, aligned, limits)
     except PlanError as error:
@@ -80,7 +86,14 @@ class Form:
     upsampled: tuple[tuple[int, ...], ...] = ()
 
 
-def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
+def plan_form(
+    form: Form,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
+) -> LaunchPlan:
     """The launch of conv_simt.cu for `form`; arguments as :func:`plan_conv`."""
     shape, element = form.shape, ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
@@ -108,7 +121,7 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
         least_bytes=(x_size + w_size + y_size) * element.bytes,
     )
     product = Product(positions, form.columns, form.depth, shape.groups)
-    tile, rejected = _choose(product, element, operands, limits)
+    tile, rejected = _choose(product, element, operands, limits, precision)
     needed = dataclasses.replace(tile.cost, least_flops=form.products * (8 if element.is_complex else 2))
     tile = dataclasses.replace(tile, cost=needed)
     # Results go to y from a thread's block of sums, or where tensor cores made them through shared memory.
@@ -150,12 +163,12 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
 
 
 def _choose(
-    product: Product, element: Element, operands: Operands, limits: DeviceLimits
+    product: Product, element: Element, operands: Operands, limits: DeviceLimits, precision: str
 ) -> tuple[Tile | mma.Tile, tuple[str, ...]]:
     """The tile with the lowest predicted time, on tensor cores or on the ordinary units, and why the others lost."""
     tile, lost = choose_tile(product, element, operands, limits)
     try:
-        other, others = mma.choose_tile(product, element, operands, limits)
+        other, others = mma.choose_tile(product, element, operands, limits, precision)
     except PlanError as error:
         return tile, (*lost, str(error))
     if other.cost.seconds <= CHOICE_FACTOR * tile.cost.seconds:
@@ -183,13 +196,19 @@ class KernelGradPlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_kernel_grad(
-    shape: ConvShape, dtype: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+    shape: ConvShape,
+    dtype: str,
+    aligned: tuple[int, ...],
+    workspace: int,
+    limits: DeviceLimits,
+    precision: str = "highest",
 ) -> KernelGradPlan:
     """The plan of a kernel gradient, for the arrays (x, dy, dw) or (x, dy, partial sums).
 
     Args:
         aligned: elements by which x, dy and dw lie behind a 16-byte boundary.
         workspace: bytes that partial sums may take.
+        precision: as of :func:`plan_conv`.
     """
     element = ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
@@ -249,7 +268,7 @@ def plan_kernel_grad(
     )
     found = [_with_reduction(grad, splits, count, dtype, aligned, limits)]
     try:
-        tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits)
+        tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits, precision)
         found.insert(0, _with_reduction(tensor, splits, count, dtype, aligned, limits))
     except PlanError as error:
         return dataclasses.replace(found[0], grad=_rejecting(grad, str(error)))

@@ -73,19 +73,25 @@ class TransposePlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_transpose(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
+    shape: ConvShape,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
 ) -> TransposePlan:
     """The plan of the transpose of `shape`: its input is ``shape.y_shape``, its output ``shape.x_shape``.
 
     Args:
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which y, w and the output lie behind a 16-byte boundary.
+        precision: as of :func:`cuconv.plan.conv.plan_conv`.
     """
     can_merge = [s == 1 or d == 1 for s, d in zip(shape.strides, shape.dilation_rate, strict=True)]
-    merged = _plan(shape, dtype, activation, aligned, limits, can_merge)
+    merged = _plan(shape, dtype, activation, aligned, limits, precision, can_merge)
     if math.prod(shape.strides) == 1 or not any(can_merge):
         return merged
-    apart = _plan(shape, dtype, activation, aligned, limits, [s == 1 for s in shape.strides])
+    apart = _plan(shape, dtype, activation, aligned, limits, precision, [s == 1 for s in shape.strides])
     return merged if merged.cost.seconds <= apart.cost.seconds else apart
 
 
@@ -95,13 +101,14 @@ def _plan(
     activation: str,
     aligned: tuple[int, ...],
     limits: DeviceLimits,
+    precision: str,
     merge: list[bool],
 ) -> TransposePlan:
     axes = [axis_phases(shape, axis, merge[axis]) for axis in range(shape.rank)]
     parts = []
     packed = 0
     for phases in itertools.product(*axes):
-        part, size = _part(shape, phases, dtype, activation, aligned, limits)
+        part, size = _part(shape, phases, dtype, activation, aligned, limits, precision)
         parts.append(part)
         packed = max(packed, size)
     side = math.prod(s for s, together in zip(shape.strides, merge, strict=True) if together)
@@ -141,6 +148,7 @@ def _part(
     activation: str,
     aligned: tuple[int, ...],
     limits: DeviceLimits,
+    precision: str,
 ) -> tuple[Part, int]:
     """The launches for one phase of every axis, and the elements of its packed weights."""
     channels, filters = shape.in_channels // shape.groups, shape.filters // shape.groups
@@ -168,7 +176,7 @@ def _part(
     meetings = math.prod(n * phase.used for n, phase in zip(shape.out_size, phases, strict=True))
     products = shape.batch * meetings * channels * filters * shape.groups
     form = Form(part, columns, depth, columns, depth * columns, span, products, upsampled)
-    conv = plan_form(form, dtype, activation, (aligned[0], 0, aligned[2]), limits)
+    conv = plan_form(form, dtype, activation, (aligned[0], 0, aligned[2]), limits, precision)
     pack = _plan_pack(shape, phases, dtype, limits) if taps else None
     return Part(pack, conv), depth * columns * shape.groups
 
