@@ -5,9 +5,10 @@ multiprocessor holds with the registers it really takes, what its main loop issu
 model predicts for the whole case. Cases are the rows of :mod:`benchmarks.suite` and the plans of
 tests/test_static_gates.py; the compiler comes with cuconv[test], and no GPU is needed.
 
-benchmarks/results/static.csv is the committed baseline. A figure that is more than 3 % off fails the tests; `--write`
-accepts it, and asks for a reason where it is worse. Machine code depends on the compiler, so figures of two versions of
-NVRTC are never compared; predictions always are, and spilled registers are always an error.
+benchmarks/results/static.csv is the committed baseline, of which benchmarks/NOTES.md shows the main loops. A figure
+that is more than 3 % off fails the tests; `--write` accepts it, and asks for a reason where it is worse. Machine code
+depends on the compiler, so figures of two versions of NVRTC are never compared; predictions always are, and spilled
+registers are always an error.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import suite
+from benchmarks import report, suite
 from cuconv.plan.devices import device
 from cuconv.plan.occupancy import occupancy
-from cuconv.plan.types import LaunchPlan
+from cuconv.plan.types import DeviceLimits, LaunchPlan
 
 # The compiler and the disassembler belong to the tests: they are of no use without the checkout.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -42,6 +43,9 @@ import test_static_gates
 from emulator import nvrtc
 
 BASELINE = Path(__file__).parent / "results" / "static.csv"
+NOTES = Path(__file__).parent / "NOTES.md"
+MARKER = "main loops"
+NOTED = ("sm_80", "sm_89", "sm_90")  # one of each generation of tensor cores that a kernel is written for
 DEVICES = {
     "sm_75": "T4",
     "sm_80": "A100",
@@ -55,6 +59,17 @@ DEVICES = {
 # The arithmetic that kernels are written for; a loop without multiply-adds is judged by its additions.
 MULTIPLY_ADDS = ("FFMA", "FFMA2", "DFMA", "HMMA", "HGMMA", "UTCHMMA")
 ADDITIONS = ("FADD", "FADD2", "DADD")
+# Operations that an instruction of a warp takes the room of in its unit, by opcode and shape, and that unit's rate.
+UNITS = {
+    "FFMA": (64, "fp32_rate"),
+    "FADD": (64, "fp32_rate"),
+    "FFMA2": (128, "fp32_rate"),
+    "FADD2": (128, "fp32_rate"),
+    "DFMA": (64, "fp64_rate"),
+    "DADD": (64, "fp64_rate"),
+    "HMMA.16816": (4096, "fp16_rate"),
+    "HMMA.1688.TF32": (2048, "tf32_rate"),
+}
 MIX = 6  # opcodes told of a main loop
 
 LIMIT = 0.03
@@ -65,6 +80,8 @@ JUDGED = {
     "occupancy": True,
     "arithmetic": True,
     "efficiency": True,
+    "integer": False,
+    "busy": True,
     "percent_of_roof": True,
 }
 COMPILED = frozenset(JUDGED) - {"percent_of_roof"}
@@ -84,6 +101,9 @@ class Line:
         loop, arithmetic: instructions of a pass of the main loop, and those of them that are the arithmetic meant. The
             fewer they are the more is left to what is outside the loop, so their share alone would not do.
         efficiency: that share.
+        integer: the share of instructions that compute indices, addresses and predicates.
+        busy: the share of the pass in which the unit of that arithmetic works, at its peak, if the only other limit is
+            one instruction a cycle and quarter of a multiprocessor.
         mix: its most frequent opcodes.
         percent_of_roof: predicted, of the whole case.
         nvrtc: the compiler's version.
@@ -104,6 +124,8 @@ class Line:
     loop: int | None = None
     arithmetic: int | None = None
     efficiency: float | None = None
+    integer: float | None = None
+    busy: float | None = None
     mix: str = ""
     percent_of_roof: float | None = None
     nvrtc: str = ""
@@ -119,7 +141,7 @@ class Line:
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Line))
 INTEGERS = ("step", "planned", "registers", "stack_bytes", "shared_bytes", "resident", "loop", "arithmetic")
-FRACTIONS = ("occupancy", "efficiency", "percent_of_roof")
+FRACTIONS = ("occupancy", "efficiency", "integer", "busy", "percent_of_roof")
 
 
 # --- The figures -------------------------------------------------------------------------------------------------
@@ -181,6 +203,8 @@ class Code:
     loop: int | None = None
     arithmetic: int | None = None
     efficiency: float | None = None
+    integer: float | None = None
+    busy: float | None = None
     mix: str = ""
 
 
@@ -197,10 +221,27 @@ def _code(kernel: str, constants: tuple[tuple[str, int | str], ...], arch: str) 
         names = ADDITIONS
         loop = function.main_loop(*names)
     mix = ", ".join(f"{name} {count}" for name, count in list(loop.mix().items())[:MIX])
-    code = dataclasses.replace(code, loop=len(loop.instructions), mix=mix)
+    integer = _rounded(loop.share(*disassembly.INTEGER))
+    code = dataclasses.replace(code, loop=len(loop.instructions), integer=integer, mix=mix)
     if not loop.share(*names):
         return code
-    return dataclasses.replace(code, arithmetic=sum(map(loop.count, names)), efficiency=_rounded(loop.share(*names)))
+    return dataclasses.replace(
+        code,
+        arithmetic=sum(map(loop.count, names)),
+        efficiency=_rounded(loop.share(*names)),
+        busy=_rounded(busy(loop, device(DEVICES[arch]))),
+    )
+
+
+def busy(loop: disassembly.Code, limits: DeviceLimits) -> float:
+    """The share of a pass in which the busiest arithmetic unit works, see :class:`Line`."""
+    cycles = dict.fromkeys({rate for _, rate in UNITS.values()}, 0.0)
+    a_second = limits.fp32_rate / (2 * limits.fp32_lanes)  # cycles of all multiprocessors, four quarters each
+    for opcode, (operations, rate) in UNITS.items():
+        if peak := getattr(limits, rate):
+            cycles[rate] += 4 * operations * loop.count(*opcode.split(".")) * a_second / peak
+    longest = max(cycles.values())
+    return longest / max(longest, len(loop.instructions))
 
 
 @functools.cache
@@ -326,7 +367,7 @@ def table(lines: Sequence[Line], arch: str) -> Table:
     )
     shown.add_column("case")
     shown.add_column("kernel")
-    for name in ("registers", "blocks", "occupancy", "arithmetic", "% of roof"):
+    for name in ("registers", "blocks", "occupancy", "arithmetic", "integer", "busy", "% of roof"):
         shown.add_column(name, justify="right")
     shown.add_column("main loop")
     for line in (each for each in lines if each.arch == arch):
@@ -336,11 +377,31 @@ def table(lines: Sequence[Line], arch: str) -> Table:
             str(line.registers),
             str(line.resident),
             f"{line.occupancy:.0%}",
-            "-" if line.efficiency is None else f"{line.efficiency:.0%}",
+            *("-" if share is None else f"{share:.0%}" for share in (line.efficiency, line.integer, line.busy)),
             "-" if line.percent_of_roof is None or line.step > 1 else f"{line.percent_of_roof:g}",
             line.mix,
         )
     return shown
+
+
+def markdown(lines: Iterable[Line]) -> str:
+    """The main loops of the gates' kernels that hold arithmetic, for NOTES.md."""
+    rows = [
+        "| kernel | arch | registers | instructions | most frequent | integer | busy |",
+        "|---|---|---:|---:|---|---:|---:|",
+    ]
+    noted = [line for line in lines if line.arch in NOTED and line.case.startswith("gate ") and line.busy is not None]
+    rows += [
+        f"| {line.case.removeprefix('gate ')} | {line.arch} | {line.registers} | {line.loop} | {line.mix} "
+        f"| {line.integer:.0%} | {line.busy:.0%} |"
+        for line in sorted(noted, key=lambda line: line.case)  # keeps the order of architectures
+    ]
+    return "\n".join(rows)
+
+
+def noted(text: str, lines: Iterable[Line]) -> str:
+    """NOTES.md with the main loops of `lines`."""
+    return report.between(text, MARKER, markdown(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -381,6 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         with BASELINE.open("w", newline="") as file:
             write(new, file)
+        NOTES.write_text(noted(NOTES.read_text(), new))
         print(f"{BASELINE.name}: {len(lines)} lines", file=sys.stderr)
         return 0
     if given.check:

@@ -27,6 +27,7 @@ from cuconv.geometry import ConvShape
 RATES = {"bfloat16": 790e12, "float16": 790e12, "tf32": 395e12, "float32": 67e12}
 DEPTHWISE_RATE = 67e12  # one multiply-add an element and tap: work for the ordinary units in every dtype
 BANDWIDTH = 4.8e12
+SHORT = 10e-6  # seconds; what is shorter is bound by its launch
 RIDGE = 1.25  # a row whose two times are closer than this factor lies on the ridge
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
@@ -213,6 +214,24 @@ class Row:
         """Whether the other bound is nearly as high."""
         return max(self.compute_seconds, self.memory_seconds) < RIDGE * min(self.compute_seconds, self.memory_seconds)
 
+    @property
+    def goal(self) -> float | None:
+        """The share of the roof on an H200 that its kernels are written for; None where a launch takes longer than the
+        work, and where two kernels run that are to become one.
+
+        Memory-bound rows aim at the speed of a copy, dense ones at 60 % of the best matrix product: that is the rate of
+        mma.sync, and beyond it are instructions of the architecture's own.
+        """
+        if self.op == "separable_conv" or self.roof_seconds < SHORT:
+            return None
+        if self.op == "depthwise_conv":
+            return 0.85 if math.prod(self.kernel_size) <= 8 else 0.8
+        if self.op == "depthwise_conv_grad":
+            return 0.8
+        if self.dtype == "float32":
+            return 0.7
+        return 0.75 if self.side == "memory" else 0.6
+
     def record(self) -> dict[str, Any]:
         """One flat line for JSON."""
         return {
@@ -236,6 +255,7 @@ class Row:
             "roof_us": self.roof_seconds * 1e6,
             "side": self.side,
             "ridge": self.ridge,
+            "goal": self.goal,
             "note": self.note,
         }
 

@@ -38,6 +38,7 @@ class Step:
         flops, least_flops: operations done, and those that the definition needs.
         bytes, least_bytes: moved between caches and multiprocessors, and every array of the step once.
         seconds: predicted.
+        bound: what most of them go to, a unit or a memory.
         reason, rejected: why this plan; what else was weighed and why it lost.
     """
 
@@ -59,6 +60,7 @@ class Step:
     bytes: int
     least_bytes: int
     seconds: float
+    bound: str
     reason: str
     rejected: tuple[str, ...]
 
@@ -243,6 +245,7 @@ def _launch(plan: LaunchPlan, device: DeviceLimits) -> Step:
         bytes=cost.bytes if cost else 0,
         least_bytes=cost.least_bytes if cost else 0,
         seconds=cost.seconds if cost else 0.0,
+        bound=cost.bound if cost else "",
         reason=plan.reason,
         rejected=plan.rejected,
     )
@@ -254,7 +257,8 @@ def _array_step(step: ArrayStep, device: DeviceLimits) -> Step:
     seconds = moved / device.bandwidth + LAUNCH_SECONDS
     reason = "the array library's, one pass over memory"
     return Step(
-        f"cupy.{step.name}", None, "", none, none, 0, 0, 0.0, 0, 0, 0, 0.0, "", 0, 0, moved, moved, seconds, reason, ()
+        f"cupy.{step.name}",
+        *(None, "", none, none, 0, 0, 0.0, 0, 0, 0, 0.0, "", 0, 0, moved, moved, seconds, "memory", reason, ()),
     )
 
 
@@ -262,7 +266,8 @@ def _array_step(step: ArrayStep, device: DeviceLimits) -> Step:
 
 
 def _step_lines(number: int, step: Step) -> Iterator[str]:
-    yield f"  {number}. {step.kernel}{f', tile {step.tile}' if step.tile else ''}: {duration(step.seconds)} predicted"
+    tile, bound = f", tile {step.tile}" if step.tile else "", f", bound by {step.bound}" if step.bound else ""
+    yield f"  {number}. {step.kernel}{tile}: {duration(step.seconds)} predicted{bound}"
     if step.plan is not None:
         yield (
             f"     {step.blocks} blocks of {step.threads} threads, {step.waves:.2f} waves; about {step.registers} "

@@ -25,6 +25,17 @@ from emulator import cache
 # Every architecture that the kernels are compiled for; `a` has instructions that later ones do not.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 
+# Opcodes of the integer and logic units, those of a warp's own registers among them (U...): indices, addresses,
+# predicates, and what only moves between registers.
+INTEGER = frozenset(
+    """
+    BMSK BREV FLO IABS IADD IADD3 IADD32I IDP IMAD IMNMX IMUL ISCADD ISETP LEA LOP LOP3 LOP32I MOV MOV32I P2R
+    PLOP3 POPC PRMT PSETP R2P R2UR SEL SGXT SHF SHL SHR UBMSK UBREV UFLO UIADD3 UIMAD UISETP ULEA ULOP ULOP3
+    UMOV UP2UR UPLOP3 UPOPC UPRMT UPSETP UR2UP USEL USGXT USHF USHL USHR VABSDIFF VIADD VIADDMNMX VIMNMX VOTE
+    VOTEU
+    """.split()
+)
+
 
 @functools.lru_cache(maxsize=1)
 def _nvdisasm() -> str | None:

@@ -10,6 +10,7 @@ from emulator import nvrtc
 
 from benchmarks import static, suite
 from benchmarks.static import Line
+from cuconv.plan.devices import DEVICES
 
 QUICK = ("sm_80", "sm_90")  # whose gates test_static_gates.py compiles anyway
 
@@ -74,10 +75,52 @@ def test_the_file_is_what_is_written(baseline):
     assert file.getvalue() == static.BASELINE.read_text()
 
 
+def test_the_notes_show_the_baseline(baseline):
+    text = static.NOTES.read_text()
+    assert static.noted(text, baseline) == text, static.ACCEPT
+
+
+def test_the_notes_show_main_loops_of_three_architectures():
+    gates = [dataclasses.replace(LINE, case=f"gate {name}", arch=arch) for arch in static.DEVICES for name in "ba"]
+    shown = static.markdown([*gates, LINE, dataclasses.replace(gates[0], arch="sm_90", busy=None)])
+    _, _, *rows = shown.splitlines()
+    assert [row.split(" | ")[:2] for row in rows] == [
+        [f"| {name}", arch] for name in "ab" for arch in ("sm_80", "sm_89", "sm_90")
+    ]
+    assert rows[0] == "| a | sm_80 | 128 | 600 | FFMA 480 | 10% | 80% |"
+
+
+# --- A main loop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "instructions, device, expected",
+    [
+        # 128 lanes: a quarter starts one multiply-add of a warp a cycle; 64 lanes: one every second.
+        (["FFMA"] * 8 + ["LDS"] * 2, "H200", 0.8),
+        (["FFMA"] * 8 + ["LDS"] * 2, "A100", 1.0),
+        (["FFMA"] * 4 + ["LDS"] * 16, "A100", 0.4),
+        (["FADD"] * 5 + ["LDG.E.128"] * 5, "H200", 0.5),
+        # 1024 products of 16 bits a cycle of an A100's multiprocessor: 8 cycles of its quarter for 2048.
+        (["HMMA.16816.F32"] + ["LDSM"] * 15, "A100", 0.5),
+        (["HMMA.16816.F32.BF16"] + ["LDSM"] * 7, "A100", 1.0),
+        (["HMMA.1688.F32.TF32"] + ["LDSM"] * 15, "A100", 0.5),
+        # Units work beside each other: the busiest counts.
+        (["HMMA.16816.F32"] + ["FFMA"] * 15, "A100", 1.0),
+        (["LDG"], "H200", 0.0),
+    ],
+)
+def test_busy(instructions, device, expected):
+    code = disassembly.Code(tuple(disassembly.Instruction(0, "", name, "", None) for name in instructions))
+    # Data sheets round the clock that their rates are of.
+    assert static.busy(code, DEVICES[device]) == pytest.approx(expected, rel=0.02)
+
+
 # --- The comparison ----------------------------------------------------------------------------------------------
 
 LINE = Line(
-    "sm_90", "1 row", 1, "conv_simt", "", 120, 128, 0, 16640, 2, 0.25, 600, 480, 0.8, "FFMA 480", 50.0, "13.0", ""
+    *("sm_90", "1 row", 1, "conv_simt", "", 120, 128, 0, 16640, 2, 0.25, 600, 480, 0.8, 0.1, 0.8, "FFMA 480", 50.0),
+    *("13.0", ""),
 )
 
 
@@ -95,6 +138,10 @@ LINE = Line(
         ({"efficiency": 0.77}, [("efficiency", True)]),
         ({"arithmetic": 240, "loop": 290, "efficiency": 0.828}, [("arithmetic", True), ("efficiency", False)]),
         ({"efficiency": None}, [("efficiency", True)]),
+        ({"integer": 0.11}, [("integer", True)]),
+        ({"integer": 0.05}, [("integer", False)]),
+        ({"busy": 0.7}, [("busy", True)]),
+        ({"busy": 0.9}, [("busy", False)]),
         ({"percent_of_roof": 48.0}, [("percent_of_roof", True)]),
         ({"percent_of_roof": 52.0}, [("percent_of_roof", False)]),
         ({"registers": 160, "efficiency": 0.9}, [("registers", True), ("efficiency", False)]),
@@ -158,6 +205,8 @@ def small(monkeypatch, tmp_path):
     """A table of one gate and a baseline of its own; compiles nothing."""
     line = dataclasses.replace(LINE, nvrtc=static.compiler())
     monkeypatch.setattr(static, "BASELINE", tmp_path / "static.csv")
+    monkeypatch.setattr(static, "NOTES", tmp_path / "NOTES.md")
+    static.NOTES.write_text("<!-- main loops -->\n<!-- end of main loops -->\n")
     monkeypatch.setattr(static, "cases", lambda archs: [None])
     monkeypatch.setattr(static, "lines_of", lambda case: [line])
 
@@ -182,6 +231,7 @@ def test_the_command_checks_and_writes(small, capsys, tmp_path):
     assert static.main(["--write", "--reason", "because"]) == 0
     assert static.main(["--check"]) == 0
     assert static.read(static.BASELINE)[0].reason == "because"
+    assert "| kernel | arch |" in static.NOTES.read_text()
     small(nvrtc="0.0", registers=200)
     assert static.main(["--check"]) == 0
     small(stack_bytes=8)

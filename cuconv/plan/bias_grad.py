@@ -6,8 +6,8 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from cuconv.plan.cost import LAUNCH_SECONDS
-from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, Element, LaunchPlan, index_bytes, vector
+from cuconv.plan.cost import slowest
+from cuconv.plan.types import ELEMENTS, DeviceLimits, Element, LaunchPlan, index_bytes, vector
 
 BLOCKS = (256, 512, 128)  # threads of a block; on a tie the first is taken
 UNROLLED = 8  # items that a thread loads at a time, as in the kernel
@@ -131,7 +131,7 @@ def _launch(
         registers=64,
         reason=f"{splits} parts, {tiling.vector * source.bytes}-byte vectors, an item is {tiling.kind}",
         rejected=tiling.rejected,
-        cost=Cost(work, work, moved, least, max(moved / bandwidth, work / rate) + LAUNCH_SECONDS),
+        cost=slowest(work, work, moved, least, {"memory": moved / bandwidth, "additions": work / rate}),
     )
 
 

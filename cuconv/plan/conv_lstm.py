@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from cuconv.plan.cost import LAUNCH_SECONDS
-from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes, vector
+from cuconv.plan.cost import slowest
+from cuconv.plan.types import ACTIVATION_CODES, ELEMENTS, DeviceLimits, LaunchPlan, index_bytes, vector
 
 THREADS = 128  # of a block; as in both kernels
 # Operations of one gate's activation, by guess: an exponential and a division are about twenty each, and two
@@ -79,5 +79,5 @@ def _plan(
         index_bytes=wide,
         registers=64,
         reason=f"one pass, {width * element.bytes}-byte vectors",
-        cost=Cost(flops, flops, moved, moved, max(moved / limits.bandwidth, flops / rate) + LAUNCH_SECONDS),
+        cost=slowest(flops, flops, moved, moved, {"memory": moved / limits.bandwidth, "multiply-adds": flops / rate}),
     )

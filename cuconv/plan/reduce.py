@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from cuconv.plan.cost import LAUNCH_SECONDS
-from cuconv.plan.types import ELEMENTS, VECTOR_BYTES, Cost, DeviceLimits, LaunchPlan, index_bytes, vector
+from cuconv.plan.cost import slowest
+from cuconv.plan.types import ELEMENTS, VECTOR_BYTES, DeviceLimits, LaunchPlan, index_bytes, vector
 
 THREADS = 256
 
@@ -39,5 +39,5 @@ def plan_reduce(dtype: str, splits: int, count: int, aligned: int, limits: Devic
         registers=32,
         reason=f"{splits} parts of {count} sums in ascending order, {width} an access",
         # The product that made the sums has counted these additions as the definition's.
-        cost=Cost(additions, 0, bytes_, bytes_, bytes_ / limits.bandwidth + LAUNCH_SECONDS),
+        cost=slowest(additions, 0, bytes_, bytes_, {"memory": bytes_ / limits.bandwidth}),
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from cuconv.geometry import ConvShape
 from cuconv.plan.conv import Form, plan_form
-from cuconv.plan.cost import LAUNCH_SECONDS, total
+from cuconv.plan.cost import slowest, total
 from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes
 
 TILE, ROWS = 32, 8  # of pack_weights.cu
@@ -215,5 +215,5 @@ def _plan_pack(shape: ConvShape, phases: tuple[Phase, ...], dtype: str, limits: 
         shared_bytes=TILE * (TILE + 1) * element.bytes,
         registers=32,
         reason=f"{matrices} transposed matrices of {channels} x {filters}",
-        cost=Cost(0, 0, moved, moved, moved / limits.bandwidth + LAUNCH_SECONDS),
+        cost=slowest(0, 0, moved, moved, {"memory": moved / limits.bandwidth}),
     )

@@ -126,6 +126,7 @@ class Cost:
     bytes: int  # moved between the caches and the multiprocessors
     least_bytes: int  # every array touched once
     seconds: float  # predicted on the device the plan is for
+    bound: str = ""  # what most of these seconds go to: a unit, a memory, or the launch
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cuconv.plan.cost import LAUNCH_SECONDS
+from cuconv.plan.cost import slowest
 from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, Element, LaunchPlan, index_bytes, vector
 
 THREADS = 128  # of a block; as in both kernels
@@ -310,5 +310,9 @@ def _gradient(
 def _cost(flops: int, least_flops: int, moved: int, least: int, element: Element, limits: DeviceLimits) -> Cost:
     """Whatever takes longest: memory, caches, or arithmetic."""
     rate = limits.fp64_rate if element.sum_bytes > 4 else limits.fp32_rate
-    seconds = max(least / limits.bandwidth, moved / (CACHE_RATE * limits.bandwidth), flops / rate)
-    return Cost(flops, least_flops, moved, least, seconds + LAUNCH_SECONDS)
+    times = {
+        "memory": least / limits.bandwidth,
+        "L2 cache": moved / (CACHE_RATE * limits.bandwidth),
+        "multiply-adds": flops / rate,
+    }
+    return slowest(flops, least_flops, moved, least, times)
