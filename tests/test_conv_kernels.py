@@ -47,6 +47,7 @@ def only(dtype: str, tile):
         mock.patch.dict(simt.TILES, simt_tiles),
         mock.patch.object(mma, "TILES", (tile[:4],)),
         mock.patch.object(mma, "STEPS", (tile[4:],)),
+        mock.patch.object(mma, "LEAST_DEPTH", 1),
         mock.patch.object(plan_conv_module, "_choose", choose),
         mock.patch.object(plan_conv_module, "plan_narrow", side_effect=PlanError("only that tile")),
     ):
@@ -74,6 +75,7 @@ class Case:
     """A convolution with random arrays, and its three passes on a runtime."""
 
     workspace = 1 << 20
+    precision = "highest"
 
     def __init__(self, x_shape, w_shape, dtype="float32", seed=0, **options):
         self.dtype, self.options = dtype, options
@@ -85,7 +87,8 @@ class Case:
     def run(self, runtime, function, out_shape, *arguments):
         """The output of an engine function, which gets it full of NaN; arrays go where the runtime's live and back."""
         out = to_runtime(runtime, poisoned(out_shape, self.dtype))
-        function(runtime, self.shape, *(to_runtime(runtime, each) for each in arguments), out, self.workspace)
+        arguments = (to_runtime(runtime, each) for each in arguments)
+        function(runtime, self.shape, *arguments, out, self.workspace, self.precision)
         return ops.to_numpy(out)
 
     def forward(self, runtime, activation=None, bias=True):
@@ -162,13 +165,22 @@ def tile_cases(tile, rank, data_format):
         yield *shapes(1, (11,), 2, (2,), 3), {**base, "padding": (3, 4), "strides": 5}
 
 
-def run_tile(dtype, tile, rank, data_format, make_runtime=trace, cases=range(99)):
+def rounded_to_tf32(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers of 11 significant bits, ties away from zero."""
+    return ((np.ascontiguousarray(x, np.float32).view(np.uint32) + 0x1000) & ~np.uint32(0x1FFF)).view(np.float32)
+
+
+def run_tile(dtype, tile, rank, data_format, make_runtime=trace, cases=range(99), precision="highest"):
+    """TF32 products are held to the error of float32 on inputs rounded to TF32."""
     too_narrow = 0  # accesses, for the registers of a large tile on tensor cores
     with only(dtype, tile):
         for number, (x_shape, w_shape, options) in enumerate(tile_cases(tile, rank, data_format)):
             if number not in cases:
                 continue
             case = Case(x_shape, w_shape, dtype, seed=number, **options)
+            case.precision = precision
+            if precision == "high":
+                case.x, case.w, case.dy = map(rounded_to_tf32, (case.x, case.w, case.dy))
             runtime = make_runtime(seed=number + 1)
             try:
                 case.check(runtime)

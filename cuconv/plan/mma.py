@@ -106,7 +106,7 @@ def choose_tile(
     """
     require(element, limits)
     products = products_of(element, precision)
-    if products == 3 and product.k < LEAST_DEPTH:
+    if products == 3 and 0 < product.k < LEAST_DEPTH:
         raise PlanError(less_exact(product.k))
     best: Tile | None = None
     lost = []
