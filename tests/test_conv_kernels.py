@@ -486,17 +486,19 @@ def test_no_bank_conflicts(x_shape, data_format, tile):
     ("float64", "highest", (64, 64, 32, 32, 128, 3)),
 ])  # fmt: skip
 def test_no_bank_conflicts_on_tensor_cores(dtype, precision, tile):
-    """Of copies and fragments of whole vectors, and of fragments in channels_first; global memory in whole sectors."""
-    for data_format, x_shape in (("channels_last", (2, 64, 64)), ("channels_first", (2, 64, 64))):
-        case = Case(x_shape, (1, 64, 64), dtype, data_format=data_format)
+    """Of copies of whole vectors, and of fragments in both data formats; and global memory in whole sectors.
+
+    Results are not looked at: of the pairs that wait in shared memory the compiler takes some apart.
+    """
+    for data_format, kinds in (("channels_last", ("ld", "cp", "st.global")), ("channels_first", ("ld",))):
+        case = Case((2, 64, 64), (1, 64, 64), dtype, data_format=data_format)
         case.precision = precision
         with only(dtype, tile):
             runtime = trace(seed=0)
-            case.forward(runtime)
-        read = [row for row in runtime.traffic if row.space == "shared" and row.kind == "read"]
-        found = runtime.traffic if data_format == "channels_last" else read
+            case.forward(runtime, bias=False)
+        found = [row for row in runtime.traffic if row.instruction.startswith(kinds)]
         wrong = [row for row in found if row.bank_conflicts or row.sectors != row.least_sectors]
-        assert read and not wrong, "\n".join(map(str, wrong))
+        assert {row.space for row in found} >= {"shared"} and not wrong, "\n".join(map(str, wrong))
 
 
 def test_memory_is_read_in_full_sectors():

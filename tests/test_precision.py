@@ -1,8 +1,8 @@
 """float32 on tensor cores: how exact, with which numbers, and that what the caller asks for is what plans are made for.
 
 Three products of TF32 are measured against sums in float64, beside the ordinary units, in the emulator, whose tensor
-cores cut off what they add as those of sm_80 do. TF32 itself is held to float32's error on rounded inputs by the tests of
-each kernel, and here to its own bound.
+cores cut off what they add as those of sm_80 do. TF32 itself is held to float32's error on rounded inputs by the tests
+of each kernel, and here to its own bound.
 """
 
 import functools
@@ -51,7 +51,7 @@ NUMBERS = {
 
 @functools.cache
 def errors(numbers: str, depth: int, tile, gradient: bool = False, seeds: int = 4) -> tuple[float, float]:
-    """Of sums of `depth` products: the largest error and the root mean square, in units of 2**-23 of their sizes' sum."""
+    """Of sums of `depth` products: the largest error and the root mean square, in 2**-23 of the sum of their sizes."""
     off = []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
