@@ -169,14 +169,15 @@ def peak_rate(device: DeviceLimits, dtype: str, precision: str, operation: str) 
 
     Depthwise convolutions, upsampling and the gates of an LSTM have no matrix product for the tensor cores.
     """
+    products = not operation.startswith(("depthwise", "upsample", "bias", "conv_lstm"))
     if dtype in ("float64", "complex128"):
-        return device.fp64_rate
+        return max(device.dmma_rate if products and dtype == "float64" else 0.0, device.fp64_rate)
     rate = 0.0
-    if not operation.startswith(("depthwise", "upsample", "bias", "conv_lstm")):
+    if products:
         if dtype == "float16" or (dtype == "bfloat16" and device.capability >= (8, 0)):
             rate = device.fp16_rate
-        elif dtype == "float32" and precision == "high":
-            rate = device.tf32_rate
+        elif dtype == "float32":
+            rate = device.tf32_rate / (1 if precision == "high" else 3)  # three of TF32 are as exact as one
     return max(rate, device.fp32_rate)
 
 

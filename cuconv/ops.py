@@ -20,7 +20,8 @@ Arguments that every convolution shares:
 * `padding`: "valid", "same", "causal" (one spatial axis, not transposed), or a (before, after) pair per spatial axis,
   added to the input of a convolution and cropped from the full product of a transposed one.
 * `activation`: None, a name of :mod:`cuconv.activations`, or a callable; applied after the bias.
-* `precision`: "highest" or "high"; matters to tensor cores only.
+* `precision`: of float32 where a GPU's tensor cores compute. "highest": no less exact than the ordinary units; "high":
+  factors are rounded to TF32, 11 significant bits, with a relative error of 2^-11 at most.
 * `out`: the array to fill, of the result's shape and dtype, any strides, overlapping no input.
 * `workspace`: bytes of scratch memory the call may use; None means 64 MiB. On a GPU, copies of arrays that are not in
   one piece and repacked kernels of transposed convolutions come on top.
@@ -179,8 +180,9 @@ def conv(
     """The convolution (cross-correlation) of x [B, L.., C] with w [taps.., C / groups, F], [B, P.., F]."""
     engine = _engine(x, w, bias)
     shape = _geometry(geometry.conv_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups)
+    run = functools.partial(engine.conv, precision=precision)
     return _forward(
-        engine, engine.conv, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace
+        engine, run, shape, shape.y_shape, shape.filters, x, (w,), bias, activation, precision, out, workspace
     )
 
 
@@ -204,7 +206,7 @@ def conv_input_grad(
     shape = _geometry(geometry.conv_shape, input_shape, w.shape, strides, padding, data_format, dilation_rate, groups)
     _expect("dy", dy, shape.y_shape)
     out, bytes_ = _prepare(engine, out, shape.x_shape, dy, precision, workspace, dy, w)
-    engine.conv_transpose(shape, dy, w.conj(), None, None, out, bytes_)
+    engine.conv_transpose(shape, dy, w.conj(), None, None, out, bytes_, precision)
     return out
 
 
@@ -228,7 +230,7 @@ def conv_kernel_grad(
     shape = _geometry(geometry.conv_shape, x.shape, kernel_shape, strides, padding, data_format, dilation_rate, groups)
     _expect("dy", dy, shape.y_shape)
     out, bytes_ = _prepare(engine, out, shape.w_shape, x, precision, workspace, x, dy)
-    engine.kernel_grad(shape, x, dy, out, bytes_)
+    engine.kernel_grad(shape, x, dy, out, bytes_, precision)
     return out
 
 
@@ -260,7 +262,7 @@ def conv_transpose(
     shape = _geometry(
         geometry.transpose_shape, x.shape, w.shape, strides, padding, data_format, dilation_rate, groups, output_padding
     )
-    run = engine.conv_transpose
+    run = functools.partial(engine.conv_transpose, precision=precision)
     return _forward(
         engine, run, shape, shape.x_shape, shape.in_channels, x, (w,), bias, activation, precision, out, workspace
     )
@@ -297,7 +299,7 @@ def conv_transpose_input_grad(
     )
     _expect("dy", dy, shape.x_shape)
     out, bytes_ = _prepare(engine, out, shape.y_shape, dy, precision, workspace, dy, w)
-    engine.conv(shape, dy, w.conj(), None, None, out, bytes_)
+    engine.conv(shape, dy, w.conj(), None, None, out, bytes_, precision)
     return out
 
 
@@ -332,7 +334,7 @@ def conv_transpose_kernel_grad(
     )
     _expect("dy", dy, shape.x_shape)
     out, bytes_ = _prepare(engine, out, shape.w_shape, x, precision, workspace, x, dy)
-    engine.kernel_grad(shape, dy, x, out, bytes_)
+    engine.kernel_grad(shape, dy, x, out, bytes_, precision)
     if out.dtype.kind == "c":  # the roles of input and output are exchanged, and with them what is conjugated
         np.conjugate(out, out=out)
     return out
@@ -469,9 +471,8 @@ def separable_conv(
     filters = _pointwise_filters(shape, pointwise_w)
     y_shape = geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format)
     kernels = (depthwise_w, pointwise_w)
-    return _forward(
-        engine, engine.separable_conv, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace
-    )
+    run = functools.partial(engine.separable_conv, precision=precision)
+    return _forward(engine, run, shape, y_shape, filters, x, kernels, bias, activation, precision, out, workspace)
 
 
 @_operation
@@ -497,7 +498,7 @@ def separable_conv_input_grad(
     filters = _pointwise_filters(shape, pointwise_w)
     _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
     out, bytes_ = _prepare(engine, out, shape.x_shape, dy, precision, workspace, dy, depthwise_w, pointwise_w)
-    engine.separable_input_grad(shape, dy, depthwise_w.conj(), pointwise_w.conj(), out, bytes_)
+    engine.separable_input_grad(shape, dy, depthwise_w.conj(), pointwise_w.conj(), out, bytes_, precision)
     return out
 
 
@@ -524,7 +525,8 @@ def separable_conv_kernel_grad(
     _expect("dy", dy, geometry.join_shape(shape.batch, shape.out_size, filters, shape.data_format))
     depthwise_out, bytes_ = _prepare(engine, None, depthwise_w.shape, x, precision, workspace)
     pointwise_out, _ = _prepare(engine, None, pointwise_w.shape, x, precision, workspace)
-    engine.separable_kernel_grad(shape, x, dy, depthwise_w, pointwise_w, depthwise_out, pointwise_out, bytes_)
+    outs = depthwise_out, pointwise_out
+    engine.separable_kernel_grad(shape, x, dy, depthwise_w, pointwise_w, *outs, bytes_, precision)
     return depthwise_out, pointwise_out
 
 

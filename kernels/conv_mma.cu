@@ -6,7 +6,7 @@
 // Twin   cuconv/reference/conv.py::conv, transpose.py::conv_transpose      Plan  cuconv/plan/conv.py, transpose.py
 // Test   tests/test_conv_kernels.py
 //
-// The product, its arrays and UPSAMPLED are those of conv_simt.cu. 16-bit elements and float (mma.cuh: PRECISION).
+// The product, its arrays and UPSAMPLED are those of conv_simt.cu. Real elements; of float see mma.cuh: PRECISION.
 //
 // Work split
 //   blockIdx.x   part of K, group, tile of BM positions, tile of BN columns; columns fastest, so neighbours share rows
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
   // Where they go: the swizzle repeats after 8 rows.
   const auto x_to = [&](int i, int j) {
     const int first = ROW_STEP % 8 ? i * ROW_STEP : 0;
-    return swizzle<X_ROW>(row0 + first, slot_k(j) * int(sizeof(E))) + (i * ROW_STEP - first) * X_ROW;
+    return swizzle<X_ROW, X_WORDS>(row0 + first, slot_k(j) * int(sizeof(E))) + (i * ROW_STEP - first) * X_ROW;
   };
   const auto w_to = [&](int i) {
     const int first = W_STEP % 8 ? i * W_STEP : 0;
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
 
   // 2. Multiply-accumulate.
   const Warp own(thread);
-  float acc[TM][TN][4] = {};
+  S acc[TM][TN][4] = {};
   // Where channels are whole steps, all slots come to the next tap together, between two passes of the loop.
   const Index steps = (count + BK - 1) / BK;
   Index fetched = 0, same = steps;  // steps that are fetched, and that will be with the same tap

@@ -16,7 +16,7 @@ constexpr int Y_PITCH = Y_COLUMNS + 8;
 // The sums of a block to y, or to part `part` of partial sums. `row_of(i, row)` says whether row i of the tile exists,
 // and where it goes. Every warp must be done with `memory`.
 template <class RowOf>
-__device__ __forceinline__ void store_tile(const float (&acc)[TM][TN][4], unsigned char* memory, const Warp& own,
+__device__ __forceinline__ void store_tile(const S (&acc)[TM][TN][4], unsigned char* memory, const Warp& own,
                                            const Result& result, Index part, Index n0, const RowOf& row_of) {
   const Params& p = result.p;
   ptx::copy_async_wait<0>();
@@ -24,7 +24,7 @@ __device__ __forceinline__ void store_tile(const float (&acc)[TM][TN][4], unsign
   Y* ys = reinterpret_cast<Y*>(memory);
 #pragma unroll
   for (int j = 0; j < 2 * TN; j += 2) {
-    float bias[2] = {};
+    S bias[2] = {};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       Index f;

@@ -7,7 +7,7 @@
 // Test   tests/test_kernel_grad_mma.py
 //
 // The product, its arrays and SPLIT are those of kernel_grad_simt.cu:  M = taps * C/G rows (r,c), N = F/G columns,
-// K = B*P positions. 16-bit elements and float (mma.cuh: PRECISION).
+// K = B*P positions. Real elements; of float see mma.cuh: PRECISION.
 //
 // Work split
 //   blockIdx.x   split of the positions, group, tile of BM rows, tile of BN columns; columns fastest
@@ -22,7 +22,7 @@
 //   channels_first   xs [BM][BK]   ws [BN][BK]: there it is positions
 //   Copies run STAGES - 1 steps ahead and never pass through registers, except where fewer than 4 bytes are together:
 //   those are fetched before a product and stored behind it. Copies fill padding with zeros. One barrier a step.
-//   16-bit results wait there for stores of whole vectors at the end; sums in float go from registers to memory.
+//   16-bit results wait there for stores of whole vectors at the end; all others go from registers to memory.
 
 #include "mma.cuh"
 
@@ -50,13 +50,13 @@ constexpr bool X_COPIED = VECX * sizeof(E) >= 4, D_COPIED = VECD * sizeof(E) >= 
 constexpr bool TABLE = !ONE_TAP && ROWS > 4;
 constexpr int TOGETHER = CHANNELS_FIRST ? 1 : VECX;
 
-// Bytes of a row of xs and ws, and how they are read: words where no instruction transposes.
-constexpr bool WORDS = sizeof(E) == 4 && !CHANNELS_FIRST;
+// Bytes of a row of xs and ws, and how they are read: words where no instruction loads or transposes fragments.
+constexpr bool WORDS = sizeof(E) == 8 || (sizeof(E) == 4 && !CHANNELS_FIRST);
 constexpr int XS_ROW = CHANNELS_FIRST ? X_ROW : BM * sizeof(E);
 constexpr int WS_ROW = CHANNELS_FIRST ? X_ROW : W_ROW;
 static_assert(XS_ROW >= (WORDS ? 128 : 64) && WS_ROW >= (WORDS ? 128 : 64), "rows are too short for their swizzle");
 
-static_assert(sizeof(Result) == 4 || BM * W_ROW <= STAGES * STAGE_BYTES, "the stages must hold a tile of results");
+static_assert(sizeof(Result) >= 4 || BM * W_ROW <= STAGES * STAGE_BYTES, "the stages must hold a tile of results");
 
 struct Params {
   const E* x;
@@ -92,8 +92,10 @@ struct Transfer {
 
 // ---- the product of a warp --------------------------------------------------------------------------------------
 
-// Which sums a lane has. Words are read in runs: a lane's rows of 4 mma halves are neighbours, its columns of 2 mma.
-constexpr int X_RUN = WORDS ? smaller(4, 2 * TM) : 1, W_RUN = WORDS ? 2 : 1;
+// Which sums a lane has. In channels_last words are read in runs: a lane's rows of 4 mma halves are neighbours, of double
+// those of 2, and its columns of 2 mma.
+constexpr bool RUNS = WORDS && !CHANNELS_FIRST;
+constexpr int X_RUN = RUNS ? smaller(16 / sizeof(E), 2 * TM) : 1, W_RUN = RUNS ? 2 : 1;
 
 struct Owner : Warp {
   __device__ __forceinline__ explicit Owner(int thread) : Warp(thread) {}
@@ -108,26 +110,39 @@ struct Owner : Warp {
 
 // The fragments of one mma's depth from position k on, from xs [BM][BK] and ws [BN][BK].
 template <class T>
-__device__ __forceinline__ void load_along(unsigned (&a)[TM][4], unsigned (&b)[TN][2], const unsigned char* memory,
+__device__ __forceinline__ void load_along(Word<T> (&a)[TM][4], Word<T> (&b)[TN][2], const unsigned char* memory,
                                            int stage, const Warp& warp, int k) {
   const int lane = warp.lane;
-  const unsigned start = ptx::shared_address(memory) + stage;
-  const int x_at = swizzle<XS_ROW>(warp.m + lane % 16, lane / 16 * 16) ^ k * int(sizeof(T));
-  const int w_at =
-      X_BYTES + (swizzle<WS_ROW>(warp.n + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16) ^ k * int(sizeof(T)));
+  if constexpr (sizeof(T) == 8) {
+    const int x_at = swizzle<XS_ROW, true>(warp.m + lane / 4, lane % 4 * 8) ^ k * 8;
+    const int w_at = X_BYTES + (swizzle<WS_ROW, true>(warp.n + lane / 4, lane % 4 * 8) ^ k * 8);
+    const auto word = [&](int at) { return *reinterpret_cast<const Word<T>*>(memory + stage + at); };
 #pragma unroll
-  for (int i = 0; i < TM; ++i) ptx::load_matrices(a[i], start + x_at + i * 16 * XS_ROW);
+    for (int half = 0; half < 2; ++half) {  // 4 positions each
 #pragma unroll
-  for (int j = 0; j < TN; j += 2) {
-    unsigned two[4];
-    ptx::load_matrices(two, start + w_at + j * 8 * WS_ROW);
-    b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
+      for (int i = 0; i < 2 * TM; ++i) a[i / 2][i % 2 + half * 2] = word((x_at ^ half * 32) + i * 8 * XS_ROW);
+#pragma unroll
+      for (int j = 0; j < TN; ++j) b[j][half] = word((w_at ^ half * 32) + j * 8 * WS_ROW);
+    }
+  } else {
+    const unsigned start = ptx::shared_address(memory) + stage;
+    const int x_at = swizzle<XS_ROW>(warp.m + lane % 16, lane / 16 * 16) ^ k * int(sizeof(T));
+    const int w_at =
+        X_BYTES + (swizzle<WS_ROW>(warp.n + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16) ^ k * int(sizeof(T)));
+#pragma unroll
+    for (int i = 0; i < TM; ++i) ptx::load_matrices(a[i], start + x_at + i * 16 * XS_ROW);
+#pragma unroll
+    for (int j = 0; j < TN; j += 2) {
+      unsigned two[4];
+      ptx::load_matrices(two, start + w_at + j * 8 * WS_ROW);
+      b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
+    }
   }
 }
 
 // The same from xs [BK][BM] and ws [BK][BN].
 template <class T>
-__device__ __forceinline__ void load_across(unsigned (&a)[TM][4], unsigned (&b)[TN][2], const unsigned char* memory,
+__device__ __forceinline__ void load_across(Word<T> (&a)[TM][4], Word<T> (&b)[TN][2], const unsigned char* memory,
                                             int stage, const Warp& warp, int k) {
   const int lane = warp.lane;
   if constexpr (sizeof(T) == 2) {
@@ -144,88 +159,23 @@ __device__ __forceinline__ void load_across(unsigned (&a)[TM][4], unsigned (&b)[
     }
   } else {
     // Which row of the product an mma calls its first one is free: lane / 4 has a run of them, one access.
-    const int x_at = swizzle<XS_ROW, true>(lane % 4, (warp.m + lane / 4 * X_RUN) * 4);
-    const int w_at = X_BYTES + swizzle<WS_ROW, true>(lane % 4, (warp.n + lane / 4 * W_RUN) * 4);
-    const auto words = [&](int at) { return reinterpret_cast<const unsigned*>(memory + stage + at); };
+    constexpr int SIZE = sizeof(T);
+    const int x_at = swizzle<XS_ROW, true>(lane % 4, (warp.m + lane / 4 * X_RUN) * SIZE);
+    const int w_at = X_BYTES + swizzle<WS_ROW, true>(lane % 4, (warp.n + lane / 4 * W_RUN) * SIZE);
+    const auto words = [&](int at) { return reinterpret_cast<const Word<T>*>(memory + stage + at); };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 4 positions each
 #pragma unroll
       for (int i = 0; i < 2 * TM; i += X_RUN) {
-        const auto run = read<X_RUN>(words((x_at ^ i * 32) + (k + half * 4) * XS_ROW));
+        const auto run = read<X_RUN>(words((x_at ^ i * 8 * SIZE) + (k + half * 4) * XS_ROW));
 #pragma unroll
         for (int e = 0; e < X_RUN; ++e) a[(i + e) / 2][(i + e) % 2 + half * 2] = run.at[e];
       }
 #pragma unroll
       for (int j = 0; j < TN; j += W_RUN) {
-        const auto run = read<W_RUN>(words((w_at ^ j * 32) + (k + half * 4) * WS_ROW));
+        const auto run = read<W_RUN>(words((w_at ^ j * 8 * SIZE) + (k + half * 4) * WS_ROW));
 #pragma unroll
         for (int e = 0; e < W_RUN; ++e) b[j + e][half] = run.at[e];
-      }
-    }
-  }
-}
-
-// acc += xs ws, one step, which lies `stage` bytes behind the start of shared memory: xs, and ws behind it.
-template <class T>
-__device__ __forceinline__ void multiply_step(float (&acc)[TM][TN][4], const unsigned char* memory, int stage,
-                                              const Warp& warp) {
-  constexpr int PARTS = BK / DEPTH;
-  const auto load = [&](unsigned (&a)[TM][4], unsigned (&b)[TN][2], int part) {
-    if constexpr (CHANNELS_FIRST)
-      load_along<T>(a, b, memory, stage, warp, part * DEPTH);
-    else
-      load_across<T>(a, b, memory, stage, warp, part * DEPTH);
-  };
-  if constexpr (sizeof(T) == 2) {
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-      unsigned a[TM][4], b[TN][2];
-      load(a, b, part);
-#pragma unroll
-      for (int i = 0; i < TM; ++i)
-#pragma unroll
-        for (int j = 0; j < TN; ++j) multiply_add(acc[i][j], a[i], b[j], T{});
-    }
-  } else if constexpr (PRECISION == 1) {
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-      unsigned a[TM][4], b[TN][2], rest_a[TM][4], rest_b[TN][2];
-      load(a, b, part);
-#pragma unroll
-      for (int i = 0; i < TM; ++i) round_to_tf32(a[i], rest_a[i]);
-#pragma unroll
-      for (int j = 0; j < TN; ++j) {
-        round_to_tf32(b[j], rest_b[j]);
-#pragma unroll
-        for (int i = 0; i < TM; ++i) ptx::multiply_tf32(acc[i][j], a[i], b[j]);
-      }
-    }
-  } else {
-    // The products of a step have sums of their own, the small ones first, and these are added as floats are: three
-    // products each added to a sum over all positions would round it three times as often as kernel_grad_simt.cu does.
-    unsigned a[PARTS][TM][4], b[PARTS][TN][2], rest_a[PARTS][TM][4], rest_b[PARTS][TN][2];
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-      load(a[part], b[part], part);
-#pragma unroll
-      for (int i = 0; i < TM; ++i) round_to_tf32(a[part][i], rest_a[part][i]);
-    }
-#pragma unroll
-    for (int j = 0; j < TN; ++j) {
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) round_to_tf32(b[part][j], rest_b[part][j]);
-#pragma unroll
-      for (int i = 0; i < TM; ++i) {
-        float sum[4] = {};
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          ptx::multiply_tf32(sum, rest_a[part][i], b[part][j]);
-          ptx::multiply_tf32(sum, a[part][i], rest_b[part][j]);
-        }
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) ptx::multiply_tf32(sum, a[part][i], b[part][j]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[i][j][e] += sum[e];
       }
     }
   }
@@ -331,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel_grad_mm
     if constexpr (!CHANNELS_FIRST)
       return swizzle<XS_ROW, WORDS>(k, row0 * int(sizeof(E))) ^ i * ROW_STEP * int(sizeof(E));
     const int turned = ROW_STEP % 8 ? i * ROW_STEP : 0;
-    return swizzle<XS_ROW>(row0 + turned, k * int(sizeof(E))) + (i * ROW_STEP - turned) * XS_ROW;
+    return swizzle<XS_ROW, WORDS>(row0 + turned, k * int(sizeof(E))) + (i * ROW_STEP - turned) * XS_ROW;
   };
   const auto d_to = [&](int i) {
     const int turned = D_STEP % 8 ? i * D_STEP : 0;
@@ -385,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel_grad_mm
 
   // 2. Multiply-accumulate.
   const Owner own(thread);
-  float acc[TM][TN][4] = {};
+  S acc[TM][TN][4] = {};
   Index left = (count + BK - 1) / BK;  // steps that are not multiplied
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
@@ -403,7 +353,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel_grad_mm
     const bool more = left >= STAGES;
     if (more) fetch(ahead);
     ptx::copy_async_commit();
-    multiply_step<E>(acc, memory, stage, own);
+    multiply_step<E>(acc, [&](Word<E>(&a)[TM][4], Word<E>(&b)[TN][2], int part) {
+      if constexpr (CHANNELS_FIRST)
+        load_along<E>(a, b, memory, stage, own, part * DEPTH);
+      else
+        load_across<E>(a, b, memory, stage, own, part * DEPTH);
+    });
     if (more) put(ahead);
     stage = next(stage);
     ahead = next(ahead);
@@ -411,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel_grad_mm
 
   // 3. Epilogue: the only place that tests the edges of dw.
   Result* const dw = p.dw + part * p.rows * filters + g * p.columns;
-  if constexpr (sizeof(Result) == 4) {
+  if constexpr (sizeof(Result) >= 4) {
     // A lane has RUN neighbours of a row, and 4 lanes whole sectors.
     constexpr int RUN = 2 * W_RUN, WIDE = smaller(RUN, VECW);
 #pragma unroll
@@ -441,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel_grad_mm
     for (int i = 0; i < 2 * TM; ++i)
 #pragma unroll
       for (int j = 0; j < 2 * TN; j += 2) {
-        const float* const two = &acc[i / 2][j / 2][i % 2 * 2];
+        const S* const two = &acc[i / 2][j / 2][i % 2 * 2];
         store(ys(own.row(i), own.column(j)), Vector<E, 2>{narrow<E>(two[0]), narrow<E>(two[1])});
       }
     __syncthreads();

@@ -6,9 +6,8 @@
 // (`swizzle`), so that neither 8 rows of one chunk, which is what a fragment reads, nor 8 chunks of a row, which is what
 // a copy writes, meet in a bank.
 //
-// PRECISION of float elements: 1 rounds both operands to TF32; 3 splits each into two, and keeps three of the four
-// products. 16-bit elements are multiplied as they are. No plan asks for 3 yet: added to one sum, three products are
-// further off than float is, and operands beyond the largest TF32 become infinite.
+// PRECISION of float elements: 1 rounds both operands to TF32; 3 splits each into two of those, and keeps three of the
+// four products. Elements of 16 and 64 bits are multiplied as they are.
 
 #pragma once
 
@@ -26,7 +25,7 @@ static_assert(BK * sizeof(E) == 64 || BK * sizeof(E) == 128, "rows of xs have 64
 static_assert(BN * sizeof(E) >= 64, "rows of ws have at least 64 bytes");
 
 // Bytes from the start of an array of rows of ROW_BYTES to a byte of a row.
-// Fragments of 4-byte columns read 2 chunks of 4 rows; all others 1 chunk of 8 rows.
+// What is read element by element are 2 chunks of 4 rows; all else is 1 chunk of 8 rows.
 template <int ROW_BYTES, bool WORDS = false>
 __device__ __forceinline__ int swizzle(int row, int byte) {
   const int turn = WORDS ? (row & 3) << 1 : ROW_BYTES >= 128 ? row & 7 : row >> 1 & 3;
@@ -34,8 +33,9 @@ __device__ __forceinline__ int swizzle(int row, int byte) {
 }
 constexpr int X_ROW = BK * sizeof(E), W_ROW = BN * sizeof(E);
 constexpr int X_BYTES = BM * X_ROW, W_BYTES = BK * W_ROW, STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr bool W_WORDS = sizeof(E) == 4;
-static_assert(!W_WORDS || W_ROW >= 128, "words need rows of at least 128 bytes");
+// No instruction loads fragments of 8 bytes, or transposes those of 4: they are read element by element.
+constexpr bool X_WORDS = sizeof(E) == 8, W_WORDS = sizeof(E) >= 4;
+static_assert((!X_WORDS || X_ROW >= 128) && (!W_WORDS || W_ROW >= 128), "words need rows of at least 128 bytes");
 
 // The part of the tile that a warp has, and a lane's place in its fragments.
 struct Warp {
@@ -60,70 +60,154 @@ __device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a
   ptx::multiply_bfloat(acc, a, b);
 }
 
-// Rounds floats to TF32; what that leaves, rounded as well, goes to `rest`.
-template <int N>
-__device__ __forceinline__ void round_to_tf32(unsigned (&x)[N], unsigned (&rest)[N]) {
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], float) {
+  ptx::multiply_tf32(acc, a, b);
+}
+__device__ __forceinline__ void multiply_add(double (&acc)[4], const double (&a)[4], const double (&b)[2], double) {
+  ptx::multiply_double(acc, a, b);
+}
+
+// What a register of a fragment holds: a double, a float, or two 16-bit elements.
+template <class T>
+using Word = conditional<sizeof(T) == 8, double, unsigned>;
+
+// The nearest TF32 of a float, ties away from zero, but for the last 13 bits, which tensor cores ignore. Infinities, NaN,
+// and what would become an infinity stay as they are: the largest floats only lose those bits.
+__device__ __forceinline__ unsigned nearest_tf32(unsigned x) {
+  constexpr float LEAST = 0x1.ffep127f;  // the middle between the largest TF32 and what would follow it
+  return fabsf(__uint_as_float(x)) < LEAST ? x + 0x1000 : x;
+}
+
+// Of floats below it in every place, products and what is left of them stay below infinity.
+constexpr float ORDINARY = 0x1p60f;
+
+// Rounds floats to TF32; what that leaves goes to `rest`, 11 of its 13 bits.
+template <bool ALL_ORDINARY, int N>
+__device__ __forceinline__ void split_into_tf32(unsigned (&x)[N], unsigned (&rest)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float f = __uint_as_float(x[i]);
-    x[i] = ptx::tf32_from_float(f);
-    rest[i] = ptx::tf32_from_float(f - __uint_as_float(x[i]));
+    const unsigned rounded = (ALL_ORDINARY ? x[i] + 0x1000 : nearest_tf32(x[i])) & ~0x1fffu;
+    rest[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(rounded));
+    x[i] = rounded;
   }
 }
 
-// acc += xs ws, one step, which lies `stage` bytes behind the start of shared memory: xs, and ws behind it.
-template <class T>
-__device__ __forceinline__ void multiply(float (&acc)[TM][TN][4], const unsigned char* memory, int stage,
-                                         const Warp& warp) {
-  const int lane = warp.lane;
-  const unsigned start = ptx::shared_address(memory) + stage;
-  // Lanes 0-15 give the rows of a fragment's first chunks, lanes 16-31 those of its second. Later chunks of a row differ
-  // in bits that no carry reaches.
-  const int x_at = swizzle<X_ROW>(warp.m + lane % 16, lane / 16 * 16);
-  if constexpr (sizeof(T) == 2) {
-    const int w_at = X_BYTES + swizzle<W_ROW>(lane % 16, warp.n * 2 + lane / 16 * 16);
+// acc += a b, of 16 values of k, three products each. Tensor cores cut off what they add where floats are rounded, so these
+// values have sums of their own, the small products first, which are added as floats are. Shorter sums would be less exact
+// where they are many, longer ones where they are few.
+template <bool ALL_ORDINARY>
+__device__ __forceinline__ void add_three_products(float (&acc)[TM][TN][4], unsigned (&a)[2][TM][4],
+                                                   unsigned (&b)[2][TN][2]) {
+  unsigned rest_a[2][TM][4], rest_b[2][2];
 #pragma unroll
-    for (int k = 0; k < BK; k += DEPTH) {
-      unsigned a[TM][4], b[TN][2];
+  for (int q = 0; q < 2; ++q)
 #pragma unroll
-      for (int i = 0; i < TM; ++i) ptx::load_matrices(a[i], start + (x_at ^ k * 2) + i * 16 * X_ROW);
+    for (int i = 0; i < TM; ++i) split_into_tf32<ALL_ORDINARY>(a[q][i], rest_a[q][i]);
 #pragma unroll
-      for (int j = 0; j < TN; j += 2) {
-        unsigned two[4];
-        ptx::load_matrices_transposed(two, start + (w_at ^ j * 16) + k * W_ROW);
-        b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
+  for (int j = 0; j < TN; ++j) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) split_into_tf32<ALL_ORDINARY>(b[q][j], rest_b[q]);
+#pragma unroll
+    for (int i = 0; i < TM; ++i) {
+      float sum[4] = {};
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        ptx::multiply_tf32(sum, rest_a[q][i], b[q][j]);
+        ptx::multiply_tf32(sum, a[q][i], rest_b[q]);
+      }
+      // Where an operand or a product is not finite, large products say what comes out, and the small ones nothing.
+      if (!ALL_ORDINARY) {
+        constexpr float LARGEST = 0x1.fffffep127f;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] = fminf(fmaxf(sum[e], -LARGEST), LARGEST);
+      }
+#pragma unroll
+      for (int q = 0; q < 2; ++q) ptx::multiply_tf32(sum, a[q][i], b[q][j]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[i][j][e] += sum[e];
+    }
+  }
+}
+
+// acc += xs ws, one step; load(a, b, part) gives the fragments of DEPTH values of k from part * DEPTH on.
+template <class T, class Load>
+__device__ __forceinline__ void multiply_step(Sum<T> (&acc)[TM][TN][4], const Load& load) {
+  constexpr int PARTS = BK / DEPTH;
+  if constexpr (sizeof(T) == 4 && PRECISION == 3) {
+    static_assert(PARTS % 2 == 0, "a step must be whole sums of 16 values of k");
+#pragma unroll
+    for (int part = 0; part < PARTS; part += 2) {
+      unsigned a[2][TM][4], b[2][TN][2];
+      float largest = 0;  // a NaN, which this ignores, makes NaN of what is left of it
+      const auto look = [&](unsigned x) { largest = fmaxf(largest, fabsf(__uint_as_float(x))); };
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        load(a[q], b[q], part + q);
+#pragma unroll
+        for (int i = 0; i < 4 * TM; ++i) look(a[q][i / 4][i % 4]);
+#pragma unroll
+        for (int j = 0; j < 2 * TN; ++j) look(b[q][j / 2][j % 2]);
+      }
+      if (__all_sync(~0u, largest < ORDINARY))
+        add_three_products<true>(acc, a, b);
+      else
+        add_three_products<false>(acc, a, b);
+    }
+  } else {
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      Word<T> a[TM][4], b[TN][2];
+      load(a, b, part);
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int i = 0; i < 4 * TM; ++i) a[i / 4][i % 4] = nearest_tf32(a[i / 4][i % 4]);
+#pragma unroll
+        for (int j = 0; j < 2 * TN; ++j) b[j / 2][j % 2] = nearest_tf32(b[j / 2][j % 2]);
       }
 #pragma unroll
       for (int i = 0; i < TM; ++i)
 #pragma unroll
         for (int j = 0; j < TN; ++j) multiply_add(acc[i][j], a[i], b[j], T{});
     }
-  } else {
-    const int w_at = X_BYTES + swizzle<W_ROW, true>(lane % 4, (warp.n + lane / 4) * 4);
+  }
+}
+
+// acc += xs ws, one step, which lies `stage` bytes behind the start of shared memory: xs, and ws behind it.
+template <class T>
+__device__ __forceinline__ void multiply(Sum<T> (&acc)[TM][TN][4], const unsigned char* memory, int stage,
+                                         const Warp& warp) {
+  const int lane = warp.lane;
+  const unsigned start = ptx::shared_address(memory) + stage;
+  const auto words = [&](int at) { return *reinterpret_cast<const Word<T>*>(memory + stage + at); };
+  // Lanes 0-15 give the rows of a fragment's first chunks, lanes 16-31 those of its second. Later chunks of a row differ
+  // in bits that no carry reaches.
+  const int x_at = X_WORDS ? swizzle<X_ROW, true>(warp.m + lane / 4, lane % 4 * 8)
+                           : swizzle<X_ROW>(warp.m + lane % 16, lane / 16 * 16);
+  const int w_at = X_BYTES + (W_WORDS ? swizzle<W_ROW, true>(lane % 4, (warp.n + lane / 4) * int(sizeof(T)))
+                                      : swizzle<W_ROW>(lane % 16, warp.n * 2 + lane / 16 * 16));
+  multiply_step<T>(acc, [&](Word<T>(&a)[TM][4], Word<T>(&b)[TN][2], int part) {
+    const int k = part * DEPTH;
 #pragma unroll
-    for (int k = 0; k < BK; k += DEPTH) {
-      unsigned a[TM][4], rest_a[TM][4];
+    for (int i = 0; i < TM; ++i) {
+      if constexpr (X_WORDS) {
 #pragma unroll
-      for (int i = 0; i < TM; ++i) {
-        ptx::load_matrices(a[i], start + (x_at ^ k * 4) + i * 16 * X_ROW);
-        round_to_tf32(a[i], rest_a[i]);
-      }
-#pragma unroll
-      for (int j = 0; j < TN; ++j) {
-        unsigned b[2], rest_b[2];
-        const unsigned char* from = memory + stage + (w_at ^ j * 32) + k * W_ROW;
-        b[0] = *reinterpret_cast<const unsigned*>(from);
-        b[1] = *reinterpret_cast<const unsigned*>(from + 4 * W_ROW);
-        round_to_tf32(b, rest_b);
-#pragma unroll
-        for (int i = 0; i < TM; ++i) {
-          if (PRECISION == 3) {  // the small ones first
-            ptx::multiply_tf32(acc[i][j], rest_a[i], b);
-            ptx::multiply_tf32(acc[i][j], a[i], rest_b);
-          }
-          ptx::multiply_tf32(acc[i][j], a[i], b);
-        }
+        for (int r = 0; r < 4; ++r) a[i][r] = words((x_at ^ k * 8 ^ r / 2 * 32) + (i * 16 + r % 2 * 8) * X_ROW);
+      } else {
+        ptx::load_matrices(a[i], start + (x_at ^ k * int(sizeof(T))) + i * 16 * X_ROW);
       }
     }
-  }
+    if constexpr (W_WORDS) {
+#pragma unroll
+      for (int j = 0; j < TN; ++j)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) b[j][r] = words((w_at ^ j * 8 * int(sizeof(T))) + (k + r * 4) * W_ROW);
+    } else {
+#pragma unroll
+      for (int j = 0; j < TN; j += 2) {
+        unsigned two[4];
+        ptx::load_matrices_transposed(two, start + (w_at ^ j * 16) + k * W_ROW);
+        b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
+      }
+    }
+  });
 }

@@ -88,11 +88,18 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const unsigned (&a)
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// The nearest TF32, ties away from zero.
-__device__ __forceinline__ unsigned tf32_from_float(float f) {
-  unsigned t;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(t) : "f"(f));
-  return t;
+// d += a b:  16 x 8 by 8 x 8 of double, one fused multiply-add after the other; four smaller products before sm_90.
+__device__ __forceinline__ void multiply_double(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
+  for (int i = 0; i < 4; ++i)
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(d[i % 2 * 2]), "+d"(d[i % 2 * 2 + 1])
+        : "d"(a[i]), "d"(b[i / 2]));
+#endif
 }
 
 }  // namespace ptx

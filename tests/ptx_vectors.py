@@ -86,6 +86,21 @@ extern "C" __global__ void apply(const unsigned (*a)[16][8], const unsigned (*b)
 }}
 """
 
+# The same of doubles: a [16,8], b transposed [8,8].
+PRODUCT_OF_DOUBLES = """
+extern "C" __global__ void apply(const double (*a)[16][8], const double (*b)[8][8], const double (*c)[16][8],
+                                 double (*d)[16][8], int count) {{
+  const int item = blockIdx.x, row = threadIdx.x / 4, column = threadIdx.x % 4;
+  const double left[4] = {{a[item][row][column], a[item][row + 8][column],
+                          a[item][row][column + 4], a[item][row + 8][column + 4]}};
+  const double right[2] = {{b[item][row][column], b[item][row][column + 4]}};
+  double sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = c[item][row + i / 2 * 8][column * 2 + i % 2];
+  ptx::{name}(sum, left, right);
+  for (int i = 0; i < 4; ++i) d[item][row + i / 2 * 8][column * 2 + i % 2] = sum[i];
+}}
+"""
+
 
 @dataclass(frozen=True)
 class Wrapper:
@@ -126,11 +141,6 @@ def all_numbers(dtype) -> np.ndarray:
     return np.arange(1 << 16, dtype=np.uint16).view(dtype)
 
 
-def all_tf32() -> np.ndarray:
-    """As the floats that they are."""
-    return (np.arange(1 << 19, dtype=np.uint32) << 13).view(np.float32)
-
-
 def tricky_floats(numbers: np.ndarray) -> np.ndarray:
     """Every number of a type, the middles between neighbours, and the floats next to both."""
     patterns = numbers.astype(np.float32)
@@ -142,13 +152,6 @@ def tricky_floats(numbers: np.ndarray) -> np.ndarray:
     near = np.concatenate([chosen, (bits + np.uint32(1)).view(np.float32), (bits - np.uint32(1)).view(np.float32)])
     special = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0x00000001, 0x80000001], np.uint32)
     return np.concatenate([near, special.view(np.float32)])
-
-
-def nearest_tf32(x: np.ndarray) -> np.ndarray:
-    """Of 11 significant bits, fewer of subnormal numbers; ties away from zero."""
-    step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 11, -136))
-    away = np.floor(np.abs(x.astype(np.float64)) / step + 0.5) * step
-    return np.copysign(away, x).astype(np.float32)
 
 
 def things_to_copy() -> tuple[np.ndarray, ...]:
@@ -190,6 +193,8 @@ def product(name: str, dtype, depth: int, bits: int, scales: tuple[int, int]) ->
     most, so sums of 16 and c have 22. Infinities and NaN are in the last item.
     """
 
+    sums = np.float64 if dtype is np.float64 else np.float32
+
     def values() -> tuple[np.ndarray, ...]:
         random = np.random.default_rng(3)
         wide, narrow = (1 << bits) - 1, (1 << min(bits, 17 - bits)) - 1
@@ -201,13 +206,13 @@ def product(name: str, dtype, depth: int, bits: int, scales: tuple[int, int]) ->
         b = np.ldexp(random.integers(-most[::-1], most[::-1] + 1, (16, 8, depth)), scale[1])
         c = np.ldexp(random.integers(-(1 << 20), 1 << 20, (16, 16, 8)), scale[0] + scale[1])
         a[-1, 2, 3], a[-1, 11, 4], b[-1, 5, 6], c[-1, 7, 1] = np.inf, np.nan, -np.inf, np.inf
-        return a.astype(dtype), b.astype(dtype), c.astype(np.float32)
+        return a.astype(dtype), b.astype(dtype), c.astype(sums)
 
     def define(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        sums = c + np.einsum("imk,ink->imn", a.astype(np.float64), b.astype(np.float64))
-        return sums.astype(np.float32)
+        return (c + np.einsum("imk,ink->imn", a.astype(np.float64), b.astype(np.float64))).astype(sums)
 
-    return Wrapper(PRODUCT.format(name=name), values, define, threads=32, items=1, arch="sm_80")
+    text = PRODUCT_OF_DOUBLES if dtype is np.float64 else PRODUCT
+    return Wrapper(text.format(name=name), values, define, threads=32, items=1, arch="sm_80")
 
 
 WRAPPERS = {
@@ -228,9 +233,6 @@ WRAPPERS = {
         lambda: tricky_floats(all_numbers(ml_dtypes.bfloat16)),
         lambda x: x.astype(ml_dtypes.bfloat16),
     ),
-    "tf32_from_float": of_one_number(
-        "tf32_from_float", "float", "unsigned", lambda: tricky_floats(all_tf32()), nearest_tf32, "sm_80"
-    ),
     "copy_async": Wrapper(
         COPIES,
         things_to_copy,
@@ -243,6 +245,7 @@ WRAPPERS = {
     "multiply_half": product("multiply_half", np.float16, 16, 11, (-24, 4)),
     "multiply_bfloat": product("multiply_bfloat", ml_dtypes.bfloat16, 16, 8, (-50, 50)),
     "multiply_tf32": product("multiply_tf32", np.float32, 8, 11, (-50, 50)),
+    "multiply_double": product("multiply_double", np.float64, 8, 11, (-400, 400)),
 }
 
 

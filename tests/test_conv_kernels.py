@@ -24,7 +24,7 @@ from cuconv.cuda.transpose import conv_transpose
 from cuconv.plan import conv as plan_conv_module
 from cuconv.plan import mma, simt, transpose
 from cuconv.plan.devices import DEVICES
-from cuconv.plan.types import ELEMENTS, PlanError
+from cuconv.plan.types import ELEMENTS, WARP, PlanError
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +40,14 @@ LIMITS = DEVICES["H200"]
 @contextmanager
 def only(dtype: str, tile):
     """Plans find no other tile than this one: of the ordinary units, or of tensor cores, with its step and stages."""
-    simt_tiles, choose = {ELEMENTS[dtype].sum_bytes: (tile,)}, simt.choose_tile
+    simt_tiles, choose = {ELEMENTS[dtype].sum_bytes: (tile,)}, lambda *arguments: simt.choose_tile(*arguments[:-1])
     if on_tensor_cores(tile):
         simt_tiles, choose = {}, mma.choose_tile
     with (
         mock.patch.dict(simt.TILES, simt_tiles),
         mock.patch.object(mma, "TILES", (tile[:4],)),
         mock.patch.object(mma, "STEPS", (tile[4:],)),
+        mock.patch.object(mma, "LEAST_DEPTH", 1),
         mock.patch.object(plan_conv_module, "_choose", choose),
         mock.patch.object(plan_conv_module, "plan_narrow", side_effect=PlanError("only that tile")),
         mock.patch.object(plan_conv_module, "PARTS", ()),
@@ -76,6 +77,7 @@ class Case:
     """A convolution with random arrays, and its three passes on a runtime."""
 
     workspace = 1 << 20
+    precision = "highest"
 
     def __init__(self, x_shape, w_shape, dtype="float32", seed=0, **options):
         self.dtype, self.options = dtype, options
@@ -87,7 +89,8 @@ class Case:
     def run(self, runtime, function, out_shape, *arguments):
         """The output of an engine function, which gets it full of NaN; arrays go where the runtime's live and back."""
         out = to_runtime(runtime, poisoned(out_shape, self.dtype))
-        function(runtime, self.shape, *(to_runtime(runtime, each) for each in arguments), out, self.workspace)
+        arguments = (to_runtime(runtime, each) for each in arguments)
+        function(runtime, self.shape, *arguments, out, self.workspace, self.precision)
         return ops.to_numpy(out)
 
     def forward(self, runtime, activation=None, bias=True):
@@ -164,13 +167,22 @@ def tile_cases(tile, rank, data_format):
         yield *shapes(1, (11,), 2, (2,), 3), {**base, "padding": (3, 4), "strides": 5}
 
 
-def run_tile(dtype, tile, rank, data_format, make_runtime=trace, cases=range(99)):
+def rounded_to_tf32(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers of 11 significant bits, ties away from zero."""
+    return ((np.ascontiguousarray(x, np.float32).view(np.uint32) + 0x1000) & ~np.uint32(0x1FFF)).view(np.float32)
+
+
+def run_tile(dtype, tile, rank, data_format, make_runtime=trace, cases=range(99), precision="highest"):
+    """TF32 products are held to the error of float32 on inputs rounded to TF32."""
     too_narrow = 0  # accesses, for the registers of a large tile on tensor cores
     with only(dtype, tile):
         for number, (x_shape, w_shape, options) in enumerate(tile_cases(tile, rank, data_format)):
             if number not in cases:
                 continue
             case = Case(x_shape, w_shape, dtype, seed=number, **options)
+            case.precision = precision
+            if precision == "high":
+                case.x, case.w, case.dy = map(rounded_to_tf32, (case.x, case.w, case.dy))
             runtime = make_runtime(seed=number + 1)
             try:
                 case.check(runtime)
@@ -216,6 +228,20 @@ def test_tensor_cores(dtype, rank, data_format, tile):
     run_tile(dtype, tile, rank, data_format)
 
 
+# Element and precision of tensor cores that are not for 16 bits; rows of double have 128 bytes.
+KINDS = (("float32", "high"), ("float32", "highest"), ("float64", "highest"))
+
+
+def tensor_tiles(dtype):
+    return [tile for tile in TENSOR_TILES if dtype != "float64" or (tile[4] == 128 and tile[0] * tile[1] < 128 * 256)]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype, precision", KINDS)
+def test_tensor_cores_in_32_and_64_bits(dtype, precision, data_format):
+    run_tile(dtype, tensor_tiles(dtype)[-1], 1, data_format, precision=precision)
+
+
 @pytest.mark.parametrize("rank, data_format", [(2, "channels_last"), (3, "channels_first")])
 def test_every_rank(rank, data_format):
     run_tile("float32", (32, 32, 4, 4), rank, data_format)
@@ -253,6 +279,19 @@ def test_every_tile_of_tensor_cores(number):
     data_format = ("channels_last", "channels_first")[number % 2]
     dtype = ("float16", "bfloat16")[number // 2 % 2]
     run_tile(dtype, TENSOR_TILES[number], number % 3 + 1, data_format, cases=(0, 2, 3))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", range(len(TENSOR_TILES)), ids=lambda number: name(TENSOR_TILES[number]))
+@pytest.mark.parametrize("dtype, precision", KINDS)
+def test_every_tile_of_tensor_cores_in_32_and_64_bits(dtype, precision, number):
+    """Every tile, each in one rank and data format; those that need more registers than there are have no plan."""
+    tile = TENSOR_TILES[number]
+    if tile not in tensor_tiles(dtype) or (precision == "highest" and tile[2] * tile[3] > 64 * WARP):
+        pytest.skip("no plan has it")
+    cases = (0, 2) if tile[0] * tile[1] < 128 * 128 else (0,)
+    run_tile(dtype, tile, number % 2 + 1, ("channels_last", "channels_first")[number // 2 % 2], cases=cases,
+             precision=precision)  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -441,6 +480,27 @@ def test_no_bank_conflicts(x_shape, data_format, tile):
             for plan, result in zip(runtime.launches, runtime.results):
                 conflicts = [row for row in result.traffic if row.space == "shared" and row.bank_conflicts]
                 assert not conflicts, (plan, conflicts)
+
+
+@pytest.mark.parametrize("dtype, precision, tile", [
+    ("float32", "high", (64, 64, 32, 32, 128, 3)),
+    ("float32", "highest", (32, 64, 16, 32, 64, 4)),
+    ("float64", "highest", (64, 64, 32, 32, 128, 3)),
+])  # fmt: skip
+def test_no_bank_conflicts_on_tensor_cores(dtype, precision, tile):
+    """Of copies of whole vectors, and of fragments in both data formats; and global memory in whole sectors.
+
+    Results are not looked at: of the pairs that wait in shared memory the compiler takes some apart.
+    """
+    for data_format, kinds in (("channels_last", ("ld", "cp", "st.global")), ("channels_first", ("ld",))):
+        case = Case((2, 64, 64), (1, 64, 64), dtype, data_format=data_format)
+        case.precision = precision
+        with only(dtype, tile):
+            runtime = trace(seed=0)
+            case.forward(runtime, bias=False)
+        found = [row for row in runtime.traffic if row.instruction.startswith(kinds)]
+        wrong = [row for row in found if row.bank_conflicts or row.sectors != row.least_sectors]
+        assert {row.space for row in found} >= {"shared"} and not wrong, "\n".join(map(str, wrong))
 
 
 def test_memory_is_read_in_full_sectors():

@@ -141,10 +141,10 @@ def test_one_sequence_of_many_channels_is_split(dtype, device):
 
 def test_transposed_convolutions_are_split_where_one_launch_makes_all_outputs():
     merged = conv_shape((1, 512, 64), (8, 64, 2048), strides=4, padding="same")
-    assert plan_transpose(merged, "bfloat16", "linear", (0, 0, 0), LIMITS, WORKSPACE).partial
+    assert plan_transpose(merged, "bfloat16", "linear", (0, 0, 0), LIMITS, workspace=WORKSPACE).partial
     assert not plan_transpose(merged, "bfloat16", "linear", (0, 0, 0), LIMITS).partial
     phases = conv_shape((1, 512, 64), (8, 64, 2048), strides=4, dilation_rate=3, padding="same")
-    plan = plan_transpose(phases, "bfloat16", "linear", (0, 0, 0), LIMITS, WORKSPACE)
+    plan = plan_transpose(phases, "bfloat16", "linear", (0, 0, 0), LIMITS, workspace=WORKSPACE)
     assert len(plan.parts) > 1 and not plan.partial
 
 

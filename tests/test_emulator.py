@@ -129,6 +129,34 @@ def test_mma_other_shapes(mode, seed):
         np.testing.assert_array_equal(y, a[:rows, :depth] @ b[:depth], err_msg=name)
 
 
+# Products that meet in one sum of four, and what tensor cores of sm_80 make of them.
+CUT_OFF = {
+    "kept": ([1, 2.0**-23], 1 + 2.0**-23),
+    "one bit more": ([1, 2.0**-24, 2.0**-24], 1 + 2.0**-23),
+    "cut off each": ([1, 2.0**-25, 2.0**-25, 2.0**-25], 1),
+    "cut off towards zero": ([-1, -(2.0**-23) - 2.0**-24], -1 - 2.0**-23),
+    "not rounded": ([1, 2.0**-23, 2.0**-24], 1 + 2.0**-23),
+    "a carry takes a bit": ([1, 1, 2.0**-23], 2),
+    "what is cut off is not subtracted": ([1, -(2.0**-25)], 1),
+    "another four": ([2.0**-25, 0, 0, 2.0**-24, 1], 1),
+    "small ones": ([2.0**-140, 2.0**-149], 2.0**-140 + 2.0**-149),
+    "too large": ([2.0**127, 2.0**127], np.inf),
+    "opposite infinities": ([np.inf, -np.inf], np.nan),
+}
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_sums_of_products_are_cut_off(name):
+    """Fasi et al., PeerJ CS 7:e330: no rounding, one bit more than a float has, four products of TF32 at once."""
+    products, expected = CUT_OFF[name]
+    a, b, y = np.zeros((16, 8), "f4"), np.zeros((8, 8), "f4"), np.zeros((16, 8), "f4")
+    factors = [2.0**-60 if abs(product) < 2.0**-100 else 1.0 for product in products]
+    a[3, : len(products)], b[: len(products), 5] = np.divide(products, factors), factors
+    b[len(products) :, 5] = 1
+    sample("mma_shapes", arch="sm_90").launch("mma_tf32", (1,), (32,), (a, b, y), uninitialised=(2,))
+    np.testing.assert_array_equal(y[3, 5], np.float32(expected))
+
+
 @every_run
 @pytest.mark.parametrize("defines", [(), ("ATOMIC",)], ids=["a row a block", "atomic"])
 def test_warp_sum(mode, seed, defines):

@@ -133,6 +133,18 @@ def test_long_parity_list(cases, device):
     check(cases, device)
 
 
+def test_calls_of_two_precisions_are_remembered_apart(device):
+    rng = np.random.default_rng(0)
+    x, w = (on_device(rng.uniform(-1, 1, shape).astype(np.float32)) for shape in ((1, 64, 64), (1, 64, 64)))
+    found, answers = [], []
+    for precision in ("highest", "high", "highest", "high"):
+        answers.append(bytes(ops.conv(x, w, precision=precision)))
+        found.append(dict(device.runtime.launches[-1].constants).get("PRECISION"))
+    assert found == [None, 1, None, 1], found
+    assert answers[0] == answers[2] != answers[1] == answers[3]
+    assert sum(len(known._tapes) for known in knowns()) == 2
+
+
 def test_the_engine_has_the_functions_of_the_reference():
     offered = {name for name in vars(Engine(EmulatedRuntime())) if name != "runtime"}
     assert offered | {"empty"} == set(reference.__all__)

@@ -58,12 +58,13 @@ def plan_kernel_grad_mma(
     aligned: tuple[int, ...],
     workspace: int,
     limits: DeviceLimits,
+    asked: str = "highest",
     *,
     tile: tuple[int, int, int, int],
     precision: int = 1,
     splits: int | None = None,
     stages: int | None = None,
-    step_bytes: int = 64,
+    step_bytes: int | None = None,
 ) -> KernelGradPlan:
     """The plan of a kernel gradient on tensor cores; arguments as :func:`cuconv.plan.conv.plan_kernel_grad`.
 
@@ -72,8 +73,9 @@ def plan_kernel_grad_mma(
         precision: of float32: 1 for TF32, 3 for three products of it.
         splits: parts of the positions, at most; None lets the number of blocks decide.
         stages: of shared memory; None: 4, or 3 where two blocks would not fit a multiprocessor.
-        step_bytes: of the positions of one step, 64 or 128. 64: 32 of 16 bits, 16 of float.
+        step_bytes: of the positions of one step, 64 or 128; None: 128 of double, which needs them, 64 of all others.
     """
+    step_bytes = step_bytes or (128 if dtype == "float64" else 64)
     if limits.capability < (8, 0):
         raise PlanError(f"`limits` must be of a device with capability 8.0 or newer. Received: {limits.name}")
     simt = conv_plans.plan_kernel_grad(shape, dtype, aligned, workspace, limits).grad
@@ -173,7 +175,7 @@ def plan_kernel_grad_mma(
 
 
 @contextmanager
-def on_tensor_cores(tile, precision=1, splits=1, stages=3, step_bytes=64):
+def on_tensor_cores(tile, precision=1, splits=1, stages=3, step_bytes=None):
     """The engine's kernel gradient runs on tensor cores, with this tile."""
     options = {"precision": precision, "splits": splits, "stages": stages, "step_bytes": step_bytes}
     plan = functools.partial(plan_kernel_grad_mma, tile=tile, **options)
@@ -184,7 +186,7 @@ def on_tensor_cores(tile, precision=1, splits=1, stages=3, step_bytes=64):
 # --- Parity ------------------------------------------------------------------------------------------------------
 
 A100 = DEVICES["A100"]
-KINDS = (("float16", 1), ("bfloat16", 1), ("float32", 1), ("float32", 3))  # dtype, precision
+KINDS = (("float16", 1), ("bfloat16", 1), ("float32", 1), ("float32", 3), ("float64", 1))  # dtype, precision
 FORMATS = ("channels_last", "channels_first")
 
 

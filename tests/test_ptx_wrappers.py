@@ -71,8 +71,6 @@ MISTAKES = {
     "bfloat towards zero": ("bfloat_from_float", "sm_80", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
     "ties upwards": ("bfloat_from_float", "sm_75", "0x7fff + (bits >> 16 & 1)", "0x8000"),
     "no NaN": ("bfloat_from_float", "sm_75", "if (f != f) return 0x7fff;", ""),
-    "ties to even": ("tf32_from_float", "sm_90", "cvt.rna.tf32.f32", "cvt.rn.tf32.f32"),
-    "TF32 not rounded": ("tf32_from_float", "sm_80", "cvt.rna.tf32.f32", "mov.b32"),
     "the neighbour's address": (
         "copy_async",
         "sm_80",
@@ -106,6 +104,13 @@ MISTAKES = {
         f"tf32.f32 {FOUR}, {LEFT}",
         f"tf32.f32 {FOUR}, {EXCHANGED}",
     ),
+    "quarters of double exchanged": (
+        "multiply_double",
+        "sm_90",
+        f"f64.f64 {FOUR}, {LEFT}",
+        f"f64.f64 {FOUR}, {EXCHANGED}",
+    ),
+    "halves of b exchanged": ("multiply_double", "sm_80", '"d"(b[i / 2])', '"d"(b[i % 2])'),
 }
 
 

@@ -274,6 +274,7 @@ def test_the_limits_are_those_the_driver_tells(fake, properties):
     assert limits.fp32_rate == pytest.approx(2 * 128 * 132 * 1.98e9) == 2 * limits.fp64_rate
     rates = limits.fp16_rate, 2 * limits.tf32_rate  # of an H200, the data sheet that is most like it
     assert rates == pytest.approx((limits.fp32_rate * 989.5 / 67,) * 2, rel=1e-3)
+    assert limits.dmma_rate == limits.fp32_rate
 
 
 NAMES = {

@@ -69,20 +69,32 @@ WORKSPACE = 1 << 30  # bytes
 # 3 x 3, 256 channels to 256 filters: compute-bound, and everything a multiple of every tile.
 LAST = conv_shape((32, 64, 64, 256), (3, 3, 256, 256), padding="same")
 FIRST = conv_shape((32, 256, 64, 64), (3, 3, 256, 256), padding="same", data_format="channels_first")
+CUBES = conv_shape((8, 16, 32, 32, 256), (3, 3, 3, 256, 256), padding="same")
 SEQUENCE = conv_shape((8, 16384, 128), (2, 128, 256), padding="causal", dilation_rate=512)
 STRIDED = conv_shape((32, 128, 128, 256), (4, 4, 256, 256), strides=2, padding="same")
 
 
-def _conv(shape, dtype):
-    return lambda limits: plan_conv(shape, dtype, "linear", ALIGNED, limits)
+def _ordinary(limits):
+    """A device whose tensor cores have 16-bit products only."""
+    return dataclasses.replace(limits, tf32_rate=0.0, dmma_rate=0.0)
 
 
-def _kernel_grad(shape, dtype):
-    return lambda limits: plan_kernel_grad(shape, dtype, ALIGNED, WORKSPACE, limits).grad
+def _tensor(limits):
+    """One whose tensor cores are the fastest choice, whatever the real one's are."""
+    rates = {"tf32_rate": 100 * limits.fp32_rate, "dmma_rate": 100 * limits.fp64_rate}
+    return dataclasses.replace(limits, bandwidth=100 * limits.bandwidth, **rates)
+
+
+def _conv(shape, dtype, device=_ordinary, precision="highest"):
+    return lambda limits: plan_conv(shape, dtype, "linear", ALIGNED, device(limits), precision)
+
+
+def _kernel_grad(shape, dtype, device=_ordinary, precision="highest"):
+    return lambda limits: plan_kernel_grad(shape, dtype, ALIGNED, WORKSPACE, device(limits), precision).grad
 
 
 def _transposed(limits):
-    return plan_transpose(STRIDED, "float32", "linear", ALIGNED, limits).parts[0].conv
+    return plan_transpose(STRIDED, "float32", "linear", ALIGNED, _ordinary(limits)).parts[0].conv
 
 
 def _packing(limits):
@@ -141,6 +153,25 @@ GATES = (
             ("float16", LAST, "float16", 0.15, ("LDGSTS.128",)),
             ("bfloat16 sequences", SEQUENCE, "bfloat16", 0.15, ("LDGSTS.128",)),
             ("bfloat16 channels_first", FIRST, "bfloat16", 0.07, ("LDGSTS.128", "STS")),
+        )
+    ),
+    *(
+        Gate(
+            f"conv {name} on tensor cores",
+            _conv(shape, dtype, _tensor, precision),
+            255,
+            loop=((unit,), share),
+            loop_needs=needs,
+            since=(8, 0),
+            until=until,
+        )
+        for name, shape, dtype, precision, unit, share, needs, until in (
+            ("TF32", LAST, "float32", "high", "HMMA", 0.14, ("LDSM", "LDS", "LDGSTS.128"), (99, 9)),
+            ("3xTF32", LAST, "float32", "highest", "HMMA", 0.18, ("LDSM", "LDS", "LDGSTS.128"), (99, 9)),
+            ("3xTF32 three axes", CUBES, "float32", "highest", "HMMA", 0.18, ("LDSM", "LDGSTS.128"), (99, 9)),
+            ("3xTF32 channels_first", FIRST, "float32", "highest", "HMMA", 0.13, ("LDSM", "LDGSTS"), (99, 9)),
+            # Later ones have no such unit.
+            ("float64", LAST, "float64", "highest", "DMMA", 0.08, ("LDS.64", "LDGSTS.128"), (10, 0)),
         )
     ),
     Gate("conv float64", _conv(LAST, "float64"), 160, WIDE, loop=(("DFMA",), 0.50), loop_needs=STAGED),

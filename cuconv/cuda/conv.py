@@ -19,6 +19,7 @@ def conv(
     activation: Activation | None,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write ``activation(conv(x, w) + bias)`` to `out`; arguments as :func:`cuconv.reference.conv.conv`.
 
@@ -29,16 +30,24 @@ def conv(
     x, w, bias = (compact(runtime, array) for array in (x, w, bias))
     with writing(runtime, out) as y:
         dtype, name, aligned = dtype_name(out.dtype), name_of(activation), alignment(runtime, x, w, y)
-        parts = plan_conv_parts(shape, dtype, name, aligned, workspace, runtime.limits)
+        parts = plan_conv_parts(shape, dtype, name, aligned, workspace, runtime.limits, precision)
         if parts is None:
-            runtime.launch(plan_conv(shape, dtype, name, aligned, runtime.limits), (x, w, bias, y))
+            runtime.launch(plan_conv(shape, dtype, name, aligned, runtime.limits, precision), (x, w, bias, y))
         else:
             partial = runtime.empty((parts.partial,), ELEMENTS[dtype].sum_dtype)
             runtime.launch(parts.conv, (x, w, None, partial))
             runtime.launch(parts.reduce, (partial, bias, y))
 
 
-def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
+def kernel_grad(
+    runtime: Runtime,
+    shape: ConvShape,
+    x: Array,
+    dy: Array,
+    out: Array,
+    workspace: int,
+    precision: str = "highest",
+) -> None:
     """Write the gradient of the kernel to `out`; arguments as :func:`cuconv.reference.conv.kernel_grad`.
 
     The same bits on every call: how positions are split depends on the shape, the device and `workspace` only.
@@ -48,7 +57,8 @@ def kernel_grad(runtime: Runtime, shape: ConvShape, x: Array, dy: Array, out: Ar
         return
     x, dy = compact(runtime, x), compact(runtime, dy)
     with writing(runtime, out) as dw:
-        plan = plan_kernel_grad(shape, dtype_name(out.dtype), alignment(runtime, x, dy, dw), workspace, runtime.limits)
+        aligned = alignment(runtime, x, dy, dw)
+        plan = plan_kernel_grad(shape, dtype_name(out.dtype), aligned, workspace, runtime.limits, precision)
         if plan.reduce is None:
             runtime.launch(plan.grad, (x, dy, dw))
         else:

@@ -209,6 +209,7 @@ def _limits(cupy: Any, index: int) -> DeviceLimits:
         # The driver tells nothing of tensor cores; per multiplier of float32 the data sheet's GPU has as many.
         fp16_rate=sheet.fp16_rate * (fp32 / sheet.fp32_rate or 1),
         tf32_rate=sheet.tf32_rate * (fp32 / sheet.fp32_rate or 1),
+        dmma_rate=sheet.dmma_rate * (fp32 / sheet.fp32_rate or 1),
     )
 
 

@@ -28,13 +28,14 @@ def separable_conv(
     activation: Activation | None,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write ``activation(pointwise(depthwise(x)) + bias)`` to `out`; `shape` is that of the depthwise part."""
     for part, items in _slabs(shape, x.dtype.itemsize, workspace):
         middle = runtime.empty(part.y_shape, x.dtype)
         depthwise_conv(runtime, part, x[items], depthwise_w, None, None, middle, workspace)
         pointwise = _pointwise(part, pointwise_w)
-        conv(runtime, pointwise, middle, pointwise_w, bias, activation, out[items], workspace)
+        conv(runtime, pointwise, middle, pointwise_w, bias, activation, out[items], workspace, precision)
 
 
 def separable_input_grad(
@@ -45,11 +46,13 @@ def separable_input_grad(
     pointwise_w: Array,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write the gradient of x to `out`; `shape` is that of the depthwise part, the kernels are conjugated already."""
     for part, items in _slabs(shape, dy.dtype.itemsize, workspace):
         middle = runtime.empty(part.y_shape, dy.dtype)
-        conv_transpose(runtime, _pointwise(part, pointwise_w), dy[items], pointwise_w, None, None, middle, workspace)
+        pointwise = _pointwise(part, pointwise_w)
+        conv_transpose(runtime, pointwise, dy[items], pointwise_w, None, None, middle, workspace, precision)
         depthwise_transpose(runtime, part, middle, depthwise_w, out[items], workspace)
 
 
@@ -63,13 +66,14 @@ def separable_kernel_grad(
     depthwise_out: Array,
     pointwise_out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write the gradients of both kernels; `shape` is that of the depthwise part."""
     pointwise = _pointwise(shape, pointwise_w)
     middle = runtime.empty(shape.y_shape, x.dtype)
     depthwise_conv(runtime, shape, x, depthwise_w, None, None, middle, workspace)
-    kernel_grad(runtime, pointwise, middle, dy, pointwise_out, workspace)
-    conv_transpose(runtime, pointwise, dy, pointwise_w.conj(), None, None, middle, workspace)
+    kernel_grad(runtime, pointwise, middle, dy, pointwise_out, workspace, precision)
+    conv_transpose(runtime, pointwise, dy, pointwise_w.conj(), None, None, middle, workspace, precision)
     depthwise_kernel_grad(runtime, shape, x, middle, depthwise_out, workspace)
 
 

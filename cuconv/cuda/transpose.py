@@ -19,6 +19,7 @@ def conv_transpose(
     activation: Activation | None,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write the transposed convolution of `y` to `out`; as :func:`cuconv.reference.transpose.conv_transpose`.
 
@@ -30,8 +31,8 @@ def conv_transpose(
     y, w, bias = (compact(runtime, array) for array in (y, w, bias))
     with writing(runtime, out) as target:
         aligned = alignment(runtime, y, w, target)
-        dtype = dtype_name(out.dtype)
-        plan = plan_transpose(shape, dtype, name_of(activation), aligned, runtime.limits, workspace)
+        dtype, name = dtype_name(out.dtype), name_of(activation)
+        plan = plan_transpose(shape, dtype, name, aligned, runtime.limits, precision, workspace)
         packed = runtime.empty((plan.packed,), out.dtype) if plan.packed else None
         for part in plan.parts:
             if part.pack is not None:

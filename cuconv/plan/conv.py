@@ -39,15 +39,21 @@ LEAST_CHUNK = 128
 
 @functools.lru_cache(maxsize=4096)
 def plan_conv(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
+    shape: ConvShape,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
 ) -> LaunchPlan:
     """The plan of a convolution, for the arrays (x, w, bias, y).
 
     Args:
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
+        precision: "highest", or "high": products of float32 may be of TF32.
     """
-    plan = plan_form(_form(shape), dtype, activation, aligned, limits)
+    plan = plan_form(_form(shape), dtype, activation, aligned, limits, precision)
     try:
         narrow = plan_narrow(shape, dtype, activation, aligned, limits)
     except PlanError as error:
@@ -101,7 +107,13 @@ class Form:
 
 
 def plan_form(
-    form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits, most: int = 1
+    form: Form,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
+    most: int = 1,
 ) -> LaunchPlan:
     """The launch for `form`; arguments as :func:`plan_conv`.
 
@@ -133,7 +145,7 @@ def plan_form(
         least_bytes=(x_size + w_size) * element.bytes + y_size * y_bytes,
     )
     product = Product(positions, form.columns, form.depth, shape.groups, most)
-    tile, rejected = _choose(product, element, operands, limits)
+    tile, rejected = _choose(product, element, operands, limits, precision)
     needed = dataclasses.replace(tile.cost, least_flops=form.products * (8 if element.is_complex else 2))
     tile = dataclasses.replace(tile, cost=needed)
     # Results go to y from a thread's block of sums, or where tensor cores made them through shared memory.
@@ -187,15 +199,17 @@ def plan_form(
 
 
 def _choose(
-    product: Product, element: Element, operands: Operands, limits: DeviceLimits
+    product: Product, element: Element, operands: Operands, limits: DeviceLimits, precision: str
 ) -> tuple[Tile | mma.Tile, tuple[str, ...]]:
     """The tile with the lowest predicted time, on tensor cores or on the ordinary units, and why the others lost."""
     tile, lost = choose_tile(product, element, operands, limits)
     try:
-        other, others = mma.choose_tile(product, element, operands, limits)
+        other, others = mma.choose_tile(product, element, operands, limits, precision)
     except PlanError as error:
         return tile, (*lost, str(error))
-    if other.cost.seconds <= CHOICE_FACTOR * tile.cost.seconds:
+    # Of equal ones, tensor cores; of float32 the more exact.
+    factor = 1 / CHOICE_FACTOR if element.dtype == "float32" else CHOICE_FACTOR
+    if other.cost.seconds <= factor * tile.cost.seconds:
         return other, (*others, f"{tile}: {tile.cost.seconds * 1e6:.1f} us predicted", *lost)
     return tile, (f"{other}: {other.cost.seconds * 1e6:.1f} us predicted", *lost, *others)
 
@@ -220,13 +234,19 @@ class KernelGradPlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_kernel_grad(
-    shape: ConvShape, dtype: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+    shape: ConvShape,
+    dtype: str,
+    aligned: tuple[int, ...],
+    workspace: int,
+    limits: DeviceLimits,
+    precision: str = "highest",
 ) -> KernelGradPlan:
     """The plan of a kernel gradient, for the arrays (x, dy, dw) or (x, dy, partial sums).
 
     Args:
         aligned: elements by which x, dy and dw lie behind a 16-byte boundary.
         workspace: bytes that partial sums may take.
+        precision: as of :func:`plan_conv`.
     """
     element = ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
@@ -286,7 +306,7 @@ def plan_kernel_grad(
     )
     found = [_with_reduction(grad, splits, count, dtype, aligned, limits)]
     try:
-        tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits)
+        tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits, precision)
         found.insert(0, _with_reduction(tensor, splits, count, dtype, aligned, limits))
     except PlanError as error:
         return dataclasses.replace(found[0], grad=_rejecting(grad, str(error)))
@@ -320,7 +340,13 @@ class Parts:
 
 @functools.lru_cache(maxsize=4096)
 def plan_conv_parts(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+    shape: ConvShape,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    workspace: int,
+    limits: DeviceLimits,
+    precision: str = "highest",
 ) -> Parts | None:
     """The plan of a convolution in parts of K, or None where :func:`plan_conv` is predicted to be as fast.
 
@@ -333,8 +359,9 @@ def plan_conv_parts(
         activation,
         aligned,
         workspace,
-        plan_conv(shape, dtype, activation, aligned, limits),
+        plan_conv(shape, dtype, activation, aligned, limits, precision),
         limits,
+        precision,
     )
 
 
@@ -346,6 +373,7 @@ def plan_parts(
     workspace: int,
     whole: LaunchPlan,
     limits: DeviceLimits,
+    precision: str = "highest",
 ) -> Parts | None:
     """The launches of `form` in parts of K; None where `whole`, the launch without, is predicted to be as fast.
 
@@ -360,7 +388,7 @@ def plan_parts(
     for most in PARTS:
         if most * count * element.sum_bytes > workspace:
             break
-        conv = plan_form(form, dtype, "linear", aligned, limits, most)
+        conv = plan_form(form, dtype, "linear", aligned, limits, precision, most)
         splits = conv.grid[0] // (conv.integers[3] * conv.integers[4] * shape.groups)
         if splits == 1:
             continue

@@ -219,6 +219,8 @@ def plan_halo(
 
 
 def _require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
+    if element.bytes != 2:
+        raise PlanError(f"halo: only 16-bit elements, not {element.dtype}")
     mma.require(element, limits)
     shape = form.shape
     channels = shape.in_channels // shape.groups
@@ -293,7 +295,7 @@ def _candidate(
     least_bytes = other.cost.least_bytes if other.cost else 0
     operands = Operands(VECTOR_BYTES // 2, VECTOR_BYTES // 2, False, False, other.index_bytes, shape.rank, least_bytes)
     product = Product(positions, form.columns, depth, shape.groups)
-    cost = mma.cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads, blocks, held, rows_step)
+    cost = mma.cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads, blocks, held, rows=rows_step)
     cost = dataclasses.replace(cost, least_flops=2 * form.products)
     return _Candidate(
         order,

@@ -13,13 +13,13 @@ from cuconv.plan.types import MAX_GRID_X, WARP, DeviceLimits, Element, LaunchPla
 
 # Rows, columns of a block's tile, then of a warp's; from large to small.
 TILES = (
-    (128, 256, 64, 64),  # 256 threads, 128 sums each: for copies of two elements at least, others spill
+    (128, 256, 64, 64),  # 256 threads, 128 sums each: for 16-bit copies of pairs at least, others spill
     (128, 128, 64, 32),  # 256 threads, 64 sums each
     (128, 64, 64, 32),  # 128 threads: narrow, and as many sums a thread
     (64, 64, 32, 32),  # 128 threads, more blocks
     (64, 32, 32, 16),  # few filters
 )
-STEP_BYTES = 64  # of the positions of one step
+STEP_BYTES = {2: 64, 4: 64, 8: 128}  # of the positions of one step, by the bytes of an element
 MOST_TAPS = 4  # rows of a thread whose taps fit its registers
 
 
@@ -30,6 +30,7 @@ def plan_on_tensor_cores(
     most: int,
     simt: LaunchPlan,
     limits: DeviceLimits,
+    precision: str = "highest",
 ) -> tuple[LaunchPlan, int]:
     """The launch with the lowest predicted time, and its splits.
 
@@ -37,12 +38,19 @@ def plan_on_tensor_cores(
         aligned: elements by which x, dy and dw lie behind a 16-byte boundary.
         most: splits, at most.
         simt: the plan on the ordinary units; parameters are the same.
+        precision: as of :func:`cuconv.plan.conv.plan_conv`.
 
     Raises:
-        PlanError: there are no such instructions for this device or dtype.
+        PlanError: there are no such instructions for this device or dtype, or they would be less exact.
     """
     mma.require(element, limits)
-    found = [each for tile in TILES if (each := _candidate(tile, shape, element, aligned, most, simt, limits))]
+    products = mma.products_of(element, precision)
+    # Parts are sums of their own. Those of the ordinary units are the shorter ones.
+    if products == 3 and (depth := min(simt.integers[:2])) < mma.LEAST_DEPTH:
+        raise PlanError(mma.less_exact(depth))
+    found = [
+        each for tile in TILES if (each := _candidate(tile, shape, element, aligned, most, simt, limits, products))
+    ]
     if not found:
         raise PlanError("tensor cores: no tile fits")
     least = min(seconds(plan) for plan, _ in found)
@@ -64,10 +72,12 @@ def _candidate(
     most: int,
     simt: LaunchPlan,
     limits: DeviceLimits,
+    products: int,
 ) -> tuple[LaunchPlan, int] | None:
     bm, bn, wm, wn = tile
+    precision = mma.precision_of(element, products)
     last = shape.data_format == CHANNELS_LAST
-    bk, threads = STEP_BYTES // element.bytes, bm // wm * (bn // wn) * WARP
+    bk, threads = STEP_BYTES[element.bytes] // element.bytes, bm // wm * (bn // wn) * WARP
     channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
     rows, positions = math.prod(shape.kernel_size) * channels, shape.batch * math.prod(shape.out_size)
     # Where taps and padding move nothing, all axes are one.
@@ -84,11 +94,13 @@ def _candidate(
         vector_x = vector_x if shape.strides[-1] == 1 else 1
         vector_d = vector(element.bytes, math.prod(out_size), aligned[1])
     large = wm * wn > 64 * WARP
-    if large and (simt.index_bytes == 8 or min(vector_x, vector_d) < 2):
+    if large and (element.bytes != 2 or simt.index_bytes == 8 or min(vector_x, vector_d) < 2):
         return None  # it would spill
 
     blocks_m, blocks_n = -(-rows // bm), -(-columns // bn)
     tiles = blocks_m * blocks_n * shape.groups
+    if products == 3:
+        most = max(1, min(most, positions // mma.LEAST_DEPTH))
     splits = Product(rows, columns, positions, shape.groups, most).splits(tiles, limits)
     chunk = -(-positions // (splits * bk)) * bk
     splits = -(-positions // chunk)
@@ -104,22 +116,25 @@ def _candidate(
     stage = bk * (bm + bn) * element.bytes
     stages = 4 if 2 * (4 * stage + table + 1024) <= limits.shared_bytes_per_multiprocessor else 3
     shared_bytes = stages * stage + table
-    # With 128 registers two blocks of 256 threads are resident; copies of whole vectors leave that many.
-    wide = last and simt.index_bytes == 4 and min(vector_x, vector_d) >= 4
+    # With 128 registers two blocks of 256 threads are resident; 16-bit copies of whole vectors leave that many.
+    wide = last and element.bytes == 2 and simt.index_bytes == 4 and min(vector_x, vector_d) >= 4
     min_blocks = 2 if threads == 256 and wide and not large else 1
     copies = thread_rows + bn * bk // (vector_d * threads)
-    registers = 128 if min_blocks == 2 else min(248, wm * wn // WARP + (wm + wn) // 4 + 4 * copies * shape.rank + 52)
+    fragments = (wm + wn) // 4 if products == 1 else 3 * (2 * wm + wn - 32) // 4
+    held_words = (wm * wn // WARP + fragments) * element.sum_bytes // 4
+    registers = 128 if min_blocks == 2 else min(248, held_words + 4 * copies * shape.rank + 52)
     held = min(resident(limits, threads, registers, shared_bytes))
     if not held or shared_bytes > limits.shared_bytes:
         return None
 
     dw = rows * shape.filters
-    least_bytes = (shape.batch * math.prod(shape.in_size) * shape.in_channels + positions * shape.filters + dw) * 2
+    least_bytes = shape.batch * math.prod(shape.in_size) * shape.in_channels + positions * shape.filters + dw
+    least_bytes *= element.bytes
     partial = 2 * splits * dw * element.sum_bytes if splits > 1 else 0
     operands = Operands(vector_x, vector_d, not last, True, simt.index_bytes, shape.rank, least_bytes + partial)
     sizes = (bm, bn, bk, wm, wn)
     part = Product(rows, columns, chunk, shape.groups)
-    cost = mma.cost_of(part, element, operands, limits, sizes, copies, tiles * splits, held)
+    cost = mma.cost_of(part, element, operands, limits, sizes, copies, tiles * splits, held, products)
     known = dict(simt.constants)
     plan = LaunchPlan(
         kernel="kernel_grad_mma",
@@ -132,7 +147,7 @@ def _candidate(
             ("BK", bk),
             ("WM", wm),
             ("WN", wn),
-            ("PRECISION", 0),
+            ("PRECISION", precision),
             ("STAGES", stages),
             ("VECX", vector_x),
             ("VECD", vector_d),
@@ -161,7 +176,7 @@ def _candidate(
         shared_bytes=shared_bytes,
         dynamic_shared_bytes=shared_bytes,
         registers=registers,
-        reason=f"tensor cores, tile {bm}x{bn}x{bk}, {wm}x{wn} a warp; {splits} parts of {chunk} positions",
+        reason=f"{mma.UNITS[precision]}, tile {bm}x{bn}x{bk}, {wm}x{wn} a warp; {splits} parts of {chunk} positions",
         cost=dataclasses.replace(cost, least_flops=2 * positions * dw, least_bytes=least_bytes),
     )
     return plan, splits

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
+from cuconv.plan.cost import L2_FACTOR, slowest
 from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     INT32_MAX,
@@ -290,5 +290,9 @@ def _cost(
     moved = blocks * steps * BK * (bm + bn) * element.bytes
     partial = 2 * product.m * product.n * product.groups * splits * element.sum_bytes
     stored = operands.least_bytes + (partial if splits > 1 else 0)
-    memory = max(stored / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
-    return Cost(done, least, moved, operands.least_bytes, max(compute, memory) + LAUNCH_SECONDS)
+    times = {
+        "instructions": compute,
+        "memory": stored / limits.bandwidth,
+        "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
+    }
+    return slowest(done, least, moved, operands.least_bytes, times)

@@ -83,20 +83,27 @@ class TransposePlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_transpose(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits, workspace: int = 0
+    shape: ConvShape,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
+    workspace: int = 0,
 ) -> TransposePlan:
     """The plan of the transpose of `shape`: its input is ``shape.y_shape``, its output ``shape.x_shape``.
 
     Args:
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which y, w and the output lie behind a 16-byte boundary.
+        precision: as of :func:`cuconv.plan.conv.plan_conv`.
         workspace: bytes that partial sums may take.
     """
     can_merge = [s == 1 or d == 1 for s, d in zip(shape.strides, shape.dilation_rate, strict=True)]
-    merged = _plan(shape, dtype, activation, aligned, limits, workspace, can_merge)
+    merged = _plan(shape, dtype, activation, aligned, limits, precision, workspace, can_merge)
     if math.prod(shape.strides) == 1 or not any(can_merge):
         return merged
-    apart = _plan(shape, dtype, activation, aligned, limits, workspace, [s == 1 for s in shape.strides])
+    apart = _plan(shape, dtype, activation, aligned, limits, precision, workspace, [s == 1 for s in shape.strides])
     return merged if merged.cost.seconds <= apart.cost.seconds else apart
 
 
@@ -106,6 +113,7 @@ def _plan(
     activation: str,
     aligned: tuple[int, ...],
     limits: DeviceLimits,
+    precision: str,
     workspace: int,
     merge: list[bool],
 ) -> TransposePlan:
@@ -115,7 +123,7 @@ def _plan(
     # Partial sums are those of all outputs.
     room = workspace if all(len(phases) == 1 for phases in axes) else 0
     for phases in itertools.product(*axes):
-        part, size, partial = _part(shape, phases, dtype, activation, aligned, limits, room)
+        part, size, partial = _part(shape, phases, dtype, activation, aligned, limits, precision, room)
         parts.append(part)
         packed = max(packed, size)
     side = math.prod(s for s, together in zip(shape.strides, merge, strict=True) if together)
@@ -155,6 +163,7 @@ def _part(
     activation: str,
     aligned: tuple[int, ...],
     limits: DeviceLimits,
+    precision: str,
     workspace: int,
 ) -> tuple[Part, int, int]:
     """The launches for one phase of every axis, the elements of its packed weights, and its partial sums."""
@@ -184,10 +193,10 @@ def _part(
     products = shape.batch * meetings * channels * filters * shape.groups
     form = Form(part, columns, depth, columns, depth * columns, span, products, upsampled)
     aligned = (aligned[0], 0, aligned[2])
-    conv = plan_form(form, dtype, activation, aligned, limits)
+    conv = plan_form(form, dtype, activation, aligned, limits, precision)
     pack = _plan_pack(shape, phases, dtype, limits) if taps else None
     packed = depth * columns * shape.groups
-    split = plan_parts(form, dtype, activation, aligned, workspace, conv, limits) if taps else None
+    split = plan_parts(form, dtype, activation, aligned, workspace, conv, limits, precision) if taps else None
     if split is None:
         return Part(pack, conv), packed, 0
     return Part(pack, split.conv, split.reduce), packed, split.partial

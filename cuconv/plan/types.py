@@ -96,6 +96,9 @@ class DeviceLimits:
     fp64_rate: float
     fp16_rate: float = 0.0  # of the tensor cores, 16-bit products summed in fp32, no sparsity
     tf32_rate: float = 0.0  # of the tensor cores
+    dmma_rate: float = (
+        0.0  # of the tensor cores, in fp64; 0 too where they are no faster than one product after the other
+    )
 
     @cached_property
     def fp32_lanes(self) -> int:

@@ -28,7 +28,14 @@ from cuconv.reference.blocks import (
 
 
 def conv(
-    shape: ConvShape, x: Array, w: Array, bias: Array | None, activation: Activation | None, out: Array, workspace: int
+    shape: ConvShape,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    activation: Activation | None,
+    out: Array,
+    workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write ``activation(conv(x, w) + bias)`` to `out`.
 
@@ -39,6 +46,7 @@ def conv(
         activation: a pointwise function with an ``out=`` argument, or None.
         out: ``shape.y_shape``, of any strides, not overlapping the other arrays.
         workspace: bytes of scratch memory.
+        precision: "highest", or "high", of which only tensor cores make less.
     """
     if out.size == 0:
         return
@@ -49,7 +57,7 @@ def conv(
     run(shape, plan, x, w.astype(dtype, copy=False), bias, activation, out)
 
 
-def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int) -> None:
+def kernel_grad(shape: ConvShape, x: Array, dy: Array, out: Array, workspace: int, precision: str = "highest") -> None:
     """Write ``dw[r,c,f] = sum over b,p of conj(x[b, p*stride + r*dilation - pad_before, c]) * dy[b,p,f]`` to `out`.
 
     Blocks are added in a fixed order, so the result is the same bits on every call.

@@ -30,6 +30,7 @@ def separable_conv(
     activation: Activation | None,
     out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write ``activation(pointwise(depthwise(x)) + bias)`` to `out`; `shape` is that of the depthwise part."""
     for part, items, rows in _slabs(shape, workspace):
@@ -47,7 +48,13 @@ def separable_conv(
 
 
 def separable_input_grad(
-    shape: ConvShape, dy: Array, depthwise_w: Array, pointwise_w: Array, out: Array, workspace: int
+    shape: ConvShape,
+    dy: Array,
+    depthwise_w: Array,
+    pointwise_w: Array,
+    out: Array,
+    workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write the gradient of x to `out`; `shape` is that of the depthwise part, the kernels are conjugated already."""
     stride, pad = shape.strides[0], shape.pad_before[0]
@@ -79,6 +86,7 @@ def separable_kernel_grad(
     depthwise_out: Array,
     pointwise_out: Array,
     workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write the gradients of both kernels; `shape` is that of the depthwise part."""
     dtype = compute_dtype(x.dtype)

@@ -19,7 +19,14 @@ AddTaps = Callable[[ConvShape, Array, Array, Array, tuple[slice, ...], Sequence[
 
 
 def conv_transpose(
-    shape: ConvShape, y: Array, w: Array, bias: Array | None, activation: Activation | None, out: Array, workspace: int
+    shape: ConvShape,
+    y: Array,
+    w: Array,
+    bias: Array | None,
+    activation: Activation | None,
+    out: Array,
+    workspace: int,
+    precision: str = "highest",
 ) -> None:
     """Write ``activation(bias[c] + sum over p,r,f of y[b,p,f] * w[r,c,f])`` to `out`.
 
@@ -31,6 +38,7 @@ def conv_transpose(
         bias: [C] or None.
         activation: a pointwise function with an ``out=`` argument, or None.
         workspace: bytes of scratch memory.
+        precision: as of :func:`cuconv.reference.conv.conv`.
     """
     if out.size == 0:
         return

@@ -125,6 +125,37 @@ inline auto operand_value(T v) {
   else return f32(wide(v));
 }
 
+// c + a[0] b[0] + a[1] b[1] + .. as tensor cores add them, here those of sm_80 to sm_89, the least exact of which cuconv
+// makes use (Fasi et al., PeerJ CS 7:e330; Khattak and Mikaitis, arXiv 2512.07004): products are exact; all addends are
+// cut off, towards zero, one bit behind the last one that a float with the largest exponent among them has; their sum,
+// exact then, is cut off to a float. A product's exponent is the sum of its factors'. sm_90 keeps two bits and adds twice
+// as many products at once.
+struct Factor {
+  f32 value;
+  int exponent;  // of zero far below all others
+
+  Factor(f32 v = 0) : value(v), exponent(v ? std::ilogb(v) : -2000) {}
+};
+inline f64 power_of_two(int n) { return std::bit_cast<f64>(u64(n + 1023) << 52); }
+
+template <int N>
+inline f32 sum_of_products(Factor c, const Factor* a, const Factor* b) {
+  f64 products[N], plain = c.value;
+  int largest = c.exponent;
+  for (int k = 0; k < N; k++) {
+    products[k] = f64(a[k].value) * b[k].value;
+    plain += products[k];
+    largest = std::max(largest, a[k].exponent + b[k].exponent);
+  }
+  if (largest < -1000 || !std::isfinite(plain)) return plain;  // zeros with their signs, infinities, NaN
+  const f64 units = power_of_two(24 - largest);
+  s64 sum = s64(c.value * units);
+  for (f64 product : products) sum += s64(product * units);
+  const f64 exact = f64(sum) * power_of_two(largest - 24);
+  const f32 near = exact;
+  return std::isinf(near) || std::fabs(near) <= std::fabs(exact) ? near : neighbour(near, exact < 0);
+}
+
 // D [M, 8] = A [M, K] B [K, 8] + C [M, 8]; In: elements of A and B, Out: of C and D. With g = lane / 4, t = lane % 4
 // and E elements of A in a register, all shapes share one layout:
 //   A  register i, element e:  row g + 8 (i % (M / 8)), column E t + e + 4 E (i / (M / 8))
@@ -138,8 +169,10 @@ struct Mma {
   std::array<Out, M * 8 / 32> c;
 
   static void combine(Meeting& m) {
-    using Value = decltype(operand_value(In{}));
-    Value a[M][K], b[K][8], c[M][8];
+    constexpr bool EXACT = std::is_same_v<In, f64>;  // one fused multiply-add after the other
+    using Value = std::conditional_t<EXACT, f64, Factor>;
+    Value a[M][K], b[8][K];
+    std::conditional_t<EXACT, f64, f32> c[M][8];
     for (int l = 0; l < 32; l++) {
       const Mma& in = *static_cast<const Mma*>(m.in[l]);
       const int g = l / 4, t = l % 4;
@@ -147,12 +180,15 @@ struct Mma {
         const int i = n / E, e = n % E;
         a[g + 8 * (i % ROWS)][E * t + e + 4 * E * (i / ROWS)] = operand_value(in.a[n]);
       }
-      for (int n = 0; n < int(in.b.size()); n++) b[E * t + n % E + 4 * E * (n / E)][g] = operand_value(in.b[n]);
-      for (int j = 0; j < int(in.c.size()); j++) c[g + 8 * (j / 2)][2 * t + j % 2] = Value(wide(in.c[j]));
+      for (int n = 0; n < int(in.b.size()); n++) b[g][E * t + n % E + 4 * E * (n / E)] = operand_value(in.b[n]);
+      for (int j = 0; j < int(in.c.size()); j++) c[g + 8 * (j / 2)][2 * t + j % 2] = wide(in.c[j]);
     }
+    constexpr int TOGETHER = std::min(K, 4 * E);
     for (int i = 0; i < M; i++)
-      for (int k = 0; k < K; k++)
-        for (int j = 0; j < 8; j++) c[i][j] += a[i][k] * b[k][j];
+      for (int j = 0; j < 8; j++)
+        for (int k = 0; k < K; k += EXACT ? 1 : TOGETHER)
+          if constexpr (EXACT) c[i][j] = std::fma(a[i][k], b[j][k], c[i][j]);
+          else c[i][j] = sum_of_products<TOGETHER>(c[i][j], a[i] + k, b[j] + k);
     for (int l = 0; l < 32; l++) {
       auto& out = *static_cast<std::array<Out, M * 8 / 32>*>(m.out[l]);
       const int g = l / 4, t = l % 4;
