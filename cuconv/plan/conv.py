@@ -15,6 +15,7 @@ from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
 from cuconv.plan.narrow import plan_narrow
 from cuconv.plan.reduce import plan_reduce
 from cuconv.plan.simt import BK, CHOICE_FACTOR, Operands, Product, Tile, choose_tile
+from cuconv.plan.taps import plan_taps
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
@@ -27,7 +28,8 @@ from cuconv.plan.types import (
     vector,
 )
 
-# conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
+# conv_narrow.cu or conv_taps.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this
+# much faster.
 SPECIAL_FACTOR = 1.1
 LONGEST_STEP = 64  # values of k, of any kernel
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
@@ -49,13 +51,17 @@ def plan_conv(
     products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
     form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
     plan = plan_form(form, dtype, activation, aligned, limits)
-    try:
-        narrow = plan_narrow(shape, dtype, activation, aligned, limits)
-    except PlanError as error:
-        return _rejecting(plan, str(error))
-    if _seconds(narrow) <= SPECIAL_FACTOR * _seconds(plan):
-        return _rejecting(narrow, f"{plan.reason}: {_seconds(plan) * 1e6:.1f} us predicted")
-    return _rejecting(plan, f"{narrow.reason}: {_seconds(narrow) * 1e6:.1f} us predicted")
+    for plan_special in (plan_narrow, plan_taps):
+        try:
+            special = plan_special(shape, dtype, activation, aligned, limits)
+        except PlanError as error:
+            plan = _rejecting(plan, str(error))
+            continue
+        plan, other = special, plan
+        if _seconds(plan) > SPECIAL_FACTOR * _seconds(other):
+            plan, other = other, plan
+        plan = _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
+    return plan
 
 
 @dataclass(frozen=True)
