@@ -108,7 +108,7 @@ EVERY = {
     "float heads": ((1, 13, 21, 33), (3, 3, 33, 3), "float32", {"padding": "same"}),
     "float groups": ((2, 60, 60), (3, 20, 24), "float32", {"groups": 3, "strides": 2, "dilation_rate": 2}),
     "float volume": ((1, 3, 4, 9, 6), (2, 1, 3, 6, 5), "float32", {"padding": "same", "dilation_rate": (1, 1, 2)}),
-    "float most columns": ((1, 60, 17), (8, 17, 16), "float32", {"padding": "same"}),
+    "float many columns": ((1, 60, 17), (7, 17, 8), "float32", {"padding": "same"}),
 }
 
 
@@ -133,11 +133,12 @@ def test_every_problem(name):
 
 def check_sizes(dtype, warps, wm, passes, buffers):
     """The edges of a tile: outputs that fill it, one more; with several chunks of channels and a part of one."""
+    filters = 1 if dtype == "float32" else 3  # float has more sums a column
     with only(warps, wm, passes, buffers=buffers):
         tile = warps * wm * passes - 2  # outputs of 3 taps
         for seed, length in enumerate((tile, 2 * tile + 1)):
             runtime = trace(seed + 1, ONE)
-            Case((1, length, 72), (3, 72, 3), dtype, padding="same").check(runtime)
+            Case((1, length, 72), (3, 72, filters), dtype, padding="same").check(runtime)
             assert [constants_of(runtime)[name] for name in ("WARPS", "WM", "BQ", "BUFFERS")] == [
                 warps, wm, tile, buffers
             ]  # fmt: skip
@@ -257,7 +258,8 @@ def test_indices_beyond_32_bits():
         ((2, 50, 4), (3, 4, 8), "float64", {}, "float64"),
         ((0, 50, 4), (3, 4, 8), "float16", {}, "without elements"),
         ((2, 0, 4), (3, 4, 8), "float16", {"padding": (2, 2)}, "without elements"),
-        ((2, 50, 60000), (3, 60000, 8), "float16", {}, "no room"),
+        ((2, 50, 60000), (3, 60000, 8), "float16", {}, "fit no tile"),
+        ((2, 50, 40), (8, 40, 16), "float32", {}, "fit no tile"),
     ],
 )
 def test_what_it_does_not_compute(x_shape, w_shape, dtype, options, reason):
@@ -391,7 +393,8 @@ def check_machine_code(name, device):
     loop = function.main_loop("HMMA" if tensor else "FFMA")
     own = constants["WM"] // 8 * constants["AHEAD"]
     assert loop.count("LDG", "128") == loop.count("LDG") == own, loop.mix()
-    assert not loop.count("BAR")
+    # From sm_100 on the loop over tiles begins with that over inputs.
+    assert not loop.count("BAR") or limits.capability >= (10, 0)
     if tensor:
         columns = math.prod(shape.kernel_size) * shape.filters
         assert loop.count("HMMA") == own * -(-columns // 8), loop.mix()

@@ -150,7 +150,8 @@ def plan_taps(
         )
     ]
     if not found:
-        raise PlanError(f"conv_taps: weights of {channels} channels leave no room for a tile")
+        columns = math.prod(shape.kernel_size) * filters
+        raise PlanError(f"conv_taps: {channels} channels by {columns} taps and filters fit no tile")
     fastest = min(found, key=lambda each: each.cost.seconds)
     best = next(each for each in found if each.cost.seconds <= CHOICE_FACTOR * fastest.cost.seconds)
     others = sorted((each for each in found if each is not best), key=lambda each: each.cost.seconds)
