@@ -46,6 +46,7 @@ def plan_conv(
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
     """
+    shape = _whole_windows(shape)
     columns = shape.filters // shape.groups
     depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
     products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
@@ -62,6 +63,25 @@ def plan_conv(
             plan, other = other, plan
         plan = _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
     return plan
+
+
+def _whole_windows(shape: ConvShape) -> ConvShape:
+    """The same convolution of the same memory, with the taps of the innermost axis as channels.
+
+    Where windows lie side by side and fill their rows, what an output reads of a row is a run of neighbours: patches of
+    an image in 3 colours have runs that are long enough for wide accesses.
+    """
+    taps, size = shape.kernel_size[-1], shape.in_size[-1]
+    beside = shape.strides[-1] == taps and shape.dilation_rate[-1] == 1 and shape.pad_before[-1] == 0
+    if not (beside and taps > 1 and size % taps == 0 and shape.groups == 1 and shape.data_format == CHANNELS_LAST):
+        return shape
+    return dataclasses.replace(
+        shape,
+        in_size=(*shape.in_size[:-1], size // taps),
+        in_channels=shape.in_channels * taps,
+        kernel_size=(*shape.kernel_size[:-1], 1),
+        strides=(*shape.strides[:-1], 1),
+    )
 
 
 @dataclass(frozen=True)
