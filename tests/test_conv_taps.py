@@ -237,13 +237,22 @@ def test_indices_beyond_32_bits():
     x, y = np.zeros(shape.x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
     w = np.ones(shape.w_shape, np.float16)
     x[0, -40:] = 1
-    plan = plan_taps(shape, "float16", "linear", ALIGNED, LIMITS)
-    assert plan.index_bytes == 8
-    tiles = plan.integers[1]
-    # A walker for each tile: the last block has the last tile, and no other.
-    plan = dataclasses.replace(plan, integers=(*plan.integers[:2], tiles, *plan.integers[3:]), grid=(tiles, 1, 1))
-    EmulatedRuntime(LIMITS, blocks=lambda plan: [plan.grid[0] - 1]).launch(plan, (x, w, None, y))
+
+    def run():
+        plan_taps.cache_clear()
+        plan = plan_taps(shape, "float16", "linear", ALIGNED, LIMITS)
+        tiles = plan.integers[1]
+        # A walker for each tile: the last block has the last tile, and no other.
+        plan = dataclasses.replace(plan, integers=(*plan.integers[:2], tiles, *plan.integers[3:]), grid=(tiles, 1, 1))
+        EmulatedRuntime(LIMITS, blocks=lambda plan: [plan.grid[0] - 1]).launch(plan, (x, w, None, y))
+        return plan
+
+    assert run().index_bytes == 8
     assert (y[0, -30:-1] == 96).all() and (y[0, -1] == 64).all()
+    with mock.patch.object(taps, "index_bytes", return_value=4), pytest.raises(emulator.EmulationError) as caught:
+        run()
+    plan_taps.cache_clear()
+    assert {report.kind for report in caught.value.reports} == {"bounds"}
 
 
 # --- Plans -------------------------------------------------------------------------------------------------------

@@ -158,16 +158,16 @@ def plan_taps(
     rejected = tuple(f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, {each.bound}" for each in others[:4])
 
     # Inputs and outputs of a tile behind the last ones, and a tile behind the last one, have indices all the same.
-    furthest, behind_x, behind_y = 0, 1, 1
+    furthest, behind_x, behind_y = 0, shape.batch, shape.batch
     for axis, tile, n, pad in zip(axes, best.tile, shape.in_size, shape.pad_before, strict=True):
         end = axis.out + (tile + 1) * axis.phases
-        furthest = max(furthest, end * axis.step * axis.dilation + axis.span(tile) * axis.dilation + n + abs(pad))
-        behind_x *= max(n, furthest)
-        behind_y *= end
+        reach = (end * axis.step + axis.span(tile)) * axis.dilation + abs(pad)
+        behind_x, behind_y = behind_x * n + reach, behind_y * axis.out + end
+        furthest = max(furthest, reach)
     padded = (-(-channels // _chunk(element)) + 1) * _chunk(element)
     width = index_bytes(
-        2 * shape.batch * behind_x * shape.groups * padded,
-        2 * shape.batch * behind_y * shape.filters,
+        (behind_x * shape.groups + 1) * channels + padded,
+        behind_y * shape.filters,
         w_size + (MOST_COLUMNS * channels + padded) * shape.filters,
         best.tiles + best.walkers,
         furthest,
