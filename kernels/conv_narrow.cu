@@ -1,7 +1,7 @@
 // conv_narrow.cu -- convolution of few input channels, any rank, channels last: as fast as y can be stored.
 //
 //   y[b,p,f] = act( bias[f] + sum over r,c of  x[b, p*stride + r*dilation - pad, c] * w[r,c,f] )
-//   x reads as zero outside its bounds. The innermost axis has dilation 1.
+//   x reads as zero outside its bounds.
 //
 // Twin   cuconv/reference/conv.py::conv      Plan  cuconv/plan/narrow.py
 // Test   tests/test_conv_narrow.py
@@ -17,6 +17,8 @@
 //     output p     [------------- R*C -----------]
 //     output p+1            [------------- R*C -----------]
 //
+// Where the innermost axis is dilated, each of its taps has a run of its own, C elements, REACH from the one before.
+//
 // Work split
 //   blockIdx.x   walker, tile of BN filters; tiles of filters fastest, so neighbours share rows of x
 //   one block    its BN filters at tile after tile of BM positions of the innermost axis, `walkers` tiles apart
@@ -26,7 +28,7 @@
 //   ws    the weights of the block's filters. Tensor cores: the fragments as their lanes want them, [STEPS][BN/16][32]
 //         of 16 bytes; else [TAPS*R*C][BN]
 //   bs    [BN] bias
-//   xs    2 x [COPIES][TAPS][ROW]: the inputs of this tile and of the next, zero outside of x
+//   xs    2 x [COPIES][LINES][ROW]: the inputs of this tile and of the next, zero outside of x
 //
 // Tensor cores take two neighbouring k from one word, so a run must begin at an even element. Where PITCH is odd, every
 // second one does not: COPIES = 2 keeps one copy for each kind, one of them shifted by an element. Where none does,
@@ -38,10 +40,10 @@
 #include "activations.cuh"
 #include "positions.cuh"
 
-// Set by the plan, besides those of positions.cuh: ACTIVATION   CHANNELS   INNER taps of the innermost axis, TAPS of
-//   the others   STRIDE of the innermost   BM BN WM WN WARPS_M   LEAD elements of a row of xs before its first run
-//   FRONT KE COPIES   ROW, COPY elements of a row and of a copy   HELD 1 for fragments of w in registers
-//   VECX VECW VECY   MIN_BLOCKS
+// Set by the plan, besides those of positions.cuh: ACTIVATION   CHANNELS   INNER taps of the innermost axis in a run,
+//   BESIDE runs in a row, REACH elements apart, TAPS runs in all   STRIDE of the innermost axis   BM BN WM WN WARPS_M
+//   LEAD elements of a row of xs before its first run   FRONT KE COPIES   ROW, COPY elements of a row and of a copy
+//   HELD 1 for fragments of w in registers   VECX VECW VECY   MIN_BLOCKS
 constexpr bool TENSOR = sizeof(E) == 2;
 constexpr int WARPS_N = BN / WN, THREADS = WARPS_M * WARPS_N * 32;
 static_assert(BM % (WARPS_M * WM) == 0 && BN % WN == 0, "warps must divide the tile");
@@ -52,11 +54,16 @@ static_assert(TENSOR ? KE >= FRONT + RUN && KE % 2 == 0 : KE == RUN, "a tap must
 constexpr int STEPS = ceil_div(TAPS * KE, 16);  // of tensor cores
 static_assert(!TENSOR || COPIES == 2 || (PITCH % 2 == 0 && (LEAD - FRONT) % 2 == 0), "pairs of k must be words");
 static_assert(TENSOR || (COPIES == 1 && FRONT == 0), "only pairs of k need copies");
+static_assert(!TENSOR || REACH % 2 == 0, "all runs of a position must begin at even elements, or none");
+
+// Rows of x that a tile reads, and how far from the first run that of a tap begins.
+constexpr int LINES = TAPS / BESIDE;
+__device__ __forceinline__ constexpr int place_of(int tap) { return tap / BESIDE * ROW + tap % BESIDE * REACH; }
 
 // Vectors of a row of xs; the last run of a tile ends in the last one.
-constexpr int VECTORS = ceil_div(LEAD - FRONT + (BM - 1) * PITCH + KE, VECX);
-constexpr int PIECES = ceil_div(TAPS * VECTORS, THREADS);  // of a thread
-static_assert(VECTORS * VECX + COPIES - 1 <= ROW && TAPS * ROW <= COPY, "xs must hold what a tile reads");
+constexpr int VECTORS = ceil_div(LEAD - FRONT + (BM - 1) * PITCH + (BESIDE - 1) * REACH + KE, VECX);
+constexpr int PIECES = ceil_div(LINES * VECTORS, THREADS);  // of a thread
+static_assert(VECTORS * VECX + COPIES - 1 <= ROW && LINES * ROW <= COPY, "xs must hold what a tile reads");
 static_assert(ROW % VECX == 0 && ROW % (4 / sizeof(E)) == 0 && COPY % VECX == 0, "rows of xs must keep vectors whole");
 constexpr bool COPIED = COPIES == 1 && VECX * sizeof(E) >= 4;
 
@@ -158,14 +165,14 @@ struct Product {
   // Those of this lane, `first` + 2*(lane%4) and the next; nearly all of it is known to the compiler.
   __device__ __forceinline__ Pair pair(int first) const {
     int tap = first / KE, k = first % KE + lane % 4 * 2;
-    if (first % KE >= FRONT && first % KE + 8 <= FRONT + RUN && tap < TAPS) return {tap * ROW + k, ~0u};
+    if (first % KE >= FRONT && first % KE + 8 <= FRONT + RUN && tap < TAPS) return {place_of(tap) + k, ~0u};
     if (first % KE + 8 > KE) {  // not the same tap for all lanes
       tap += k / KE;
       k %= KE;
     }
     const unsigned low = within(k - FRONT, RUN) ? 0xffff : 0, high = within(k + 1 - FRONT, RUN) ? 0xffff0000 : 0;
-    if (tap >= TAPS) return {(TAPS - 1) * ROW + KE - 2, 0};  // as a neighbouring lane: no further bank
-    return {tap * ROW + k, low | high};
+    if (tap >= TAPS) return {place_of(TAPS - 1) + KE - 2, 0};  // as a neighbouring lane: no further bank
+    return {place_of(tap) + k, low | high};
   }
 
   // The sums of the positions from m on.
@@ -253,6 +260,7 @@ struct Product<T, false> {
     const E* from = reinterpret_cast<const E*>(ws) + filter(0);
 #pragma unroll 1
     for (int tap = 0; tap < TAPS; ++tap) {
+      const E* const own = run + place_of(tap);
 #pragma unroll(UNROLLED)
       for (int k = 0; k < RUN; ++k) {
         Vector<E, 4> b[GROUPS];
@@ -260,14 +268,13 @@ struct Product<T, false> {
         for (int group = 0; group < GROUPS; ++group) b[group] = read<4>(from + (k * BN + group * 32));
 #pragma unroll
         for (int i = 0; i < TM; ++i) {
-          const float a = widen(run[k + i * 4 * PITCH]);
+          const float a = widen(own[k + i * 4 * PITCH]);
 #pragma unroll
           for (int group = 0; group < GROUPS; ++group)
 #pragma unroll
             for (int v = 0; v < 4; ++v) ::multiply_add(acc[i][group][v], a, widen(b[group].at[v]));
         }
       }
-      run += ROW;
       from += RUN * BN;
     }
   }
@@ -328,16 +335,16 @@ struct Inputs {
   // Whether a piece lies inside of x; `from` becomes its place.
   __device__ __forceinline__ bool find(int at, const Params& p, Index& from) const {
     const Index row = p.in[RANK - 1] * CHANNELS, along = at % VECTORS * VECX;
-    bool inside = at < TAPS * VECTORS && within(corner[RANK - 1] + along, row);
-    Index tap = at / VECTORS, pitch = row;
+    bool inside = at < LINES * VECTORS && within(corner[RANK - 1] + along, row);
+    Index line = at / VECTORS, pitch = row;
     from = along;
 #pragma unroll
     for (int a = RANK - 2; a >= 0; --a) {
-      const Index reach = tap % p.kernel[a] * p.dilation[a];
+      const Index reach = line % p.kernel[a] * p.dilation[a];
       inside = inside && within(corner[a] + reach, p.in[a]);
       from += reach * pitch;
       pitch *= p.in[a];
-      tap /= p.kernel[a];
+      line /= p.kernel[a];
     }
     from += origin;
     return inside;
@@ -345,7 +352,7 @@ struct Inputs {
   static __device__ __forceinline__ int place(int at) { return at / VECTORS * ROW + at % VECTORS * VECX; }
 
   __device__ __forceinline__ void keep(E* xs, int at, const Vector<E, VECX>& some) const {
-    if (at >= TAPS * VECTORS) return;
+    if (at >= LINES * VECTORS) return;
 #pragma unroll
     for (int copy = 0; copy < COPIES; ++copy) {
       E* to = xs + (copy * COPY + place(at));
@@ -366,7 +373,7 @@ struct Inputs {
         Index from;
         const bool inside = find(at, p, from);
         if constexpr (COPIED) {
-          if (at < TAPS * VECTORS)
+          if (at < LINES * VECTORS)
             ptx::copy_async<VECX * sizeof(E)>(ptx::shared_address(xs + place(at)), p.x + from, inside);
         } else {
           v[i] = load_or_zero<VECX>(p.x + from, inside);

@@ -7,7 +7,7 @@ wide x, w and y are accessed, where a tap ends within 16 values of k, and the ed
 import dataclasses
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest import mock
 
 import disassembly
@@ -139,20 +139,30 @@ def test_problem(rank, dtype, channels, stride, padding, filters):
     case.check(trace(2, ONE), bias=False)
 
 
+KINDS = {"16-bit": ("float16", "bfloat16"), "float": ("float32", "float32")}
+
+
 @emulated
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("channels", [1, 4, 9])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_every_problem(rank, dtype, channels):
+def test_every_problem(rank, kind, channels):
+    """A third of strides and paddings, so that each meets all channels over the ranks, and all ranks over the channels.
+
+    The 16-bit types in turn: nothing but the conversion of their elements differs. Of float half as many: it has no
+    pairs of k, for which strides and paddings matter.
+    """
     paddings = ("valid", "same", "explicit") + (("causal",) if rank == 1 else ())
-    for number, (stride, padding) in enumerate(itertools.product((1, 2, 5), paddings)):
+    every = list(enumerate(itertools.product((1, 2, 5), paddings)))
+    for number, (stride, padding) in every[(rank + channels // 4) % 3 :: 3 if kind == "16-bit" else 6]:
+        dtype = KINDS[kind][number // 3 % 2]
         filters = (8, 33, 64, 100, 18)[(number + channels) % 5]
         activation = ACTIVATIONS[(7 * number + channels) % len(ACTIVATIONS)]
         case = problem(rank, dtype, channels, stride, padding, filters, length=37 + number)
         case.w = (case.w / 4).astype(case.w.dtype)  # exp of the sums is within float16
         try:
-            case.check(trace(number + 1, (LIMITS, ONE)[number % 2]), activation)
+            case.check(trace(number + 1, (LIMITS, ONE)[number // 3 % 2]), activation)
         except (AssertionError, emulator.EmulationError) as error:
             error.add_note(f"{rank=} {dtype=} {channels=} {stride=} {padding=} {filters=} {activation=}")
             raise
@@ -166,7 +176,7 @@ def check_tile(dtype, sizes, passes):
     warps_m, warps_n, wm, wn, _ = sizes
     bm, bn = warps_m * wm * passes, warps_n * wn
     with only(sizes, passes):
-        for seed, (length, filters) in enumerate(((bm - 1, bn + 4), (bm, bn), (2 * bm + 1, bn), (bm + 5, bn))):
+        for seed, (length, filters) in enumerate(((bm - 1, bn + 8), (bm, bn), (2 * bm + 1, bn), (bm + 5, bn))):
             Case((2, length, 3), (4, 3, filters), dtype, padding="same").check(trace(seed + 1, ONE))
 
 
@@ -182,12 +192,15 @@ def test_ordinary_tile(sizes):
     check_tile("float32", sizes, 2)
 
 
+EVERY_TILE = [(dtype, sizes) for dtype in DTYPES[1:] for sizes in TILES[dtype]]
+
+
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("passes", narrow._PASSES[::2])
-@pytest.mark.parametrize("dtype, sizes", [(dtype, sizes) for dtype in DTYPES[1:] for sizes in TILES[dtype]], ids=str)
-def test_every_tile(dtype, sizes, passes):
-    check_tile(dtype, sizes, passes)
+@pytest.mark.parametrize("number", range(len(EVERY_TILE)), ids=lambda number: str(EVERY_TILE[number]))
+def test_every_tile(number):
+    """In one, two and four passes by turns: tiles that differ in their passes alone share all of their code."""
+    check_tile(*EVERY_TILE[number], narrow._PASSES[number % 3])
 
 
 @emulated
@@ -219,6 +232,41 @@ def test_dilation_of_outer_axes(dtype):
     Case((2, 13, 21, 3), (3, 4, 3, 24), dtype, padding="same", dilation_rate=(4, 1)).check(trace())
     case = Case((1, 7, 9, 21, 2), (2, 3, 2, 2, 8), dtype, padding="same", dilation_rate=(3, 2, 1), strides=1)
     case.check(trace())
+
+
+DILATED = {
+    "line": ((2, 70, 4), (5, 4, 40), "bfloat16", {"padding": "same", "dilation_rate": 3}),
+    "odd": ((2, 70, 3), (4, 3, 24), "float16", {"padding": "causal", "dilation_rate": 6}),
+    "float": ((2, 70, 3), (4, 3, 24), "float32", {"padding": "same", "dilation_rate": 3}),
+    "image": ((1, 9, 33, 2), (3, 3, 2, 16), "float16", {"padding": "same", "dilation_rate": (1, 2)}),
+}
+EVERY_DILATED = {
+    "strided": ((2, 90, 5), (3, 5, 18), "bfloat16", {"padding": "same", "dilation_rate": 2, "strides": 3}),
+    "one channel": ((2, 90, 1), (7, 1, 33), "float16", {"padding": (5, 4), "dilation_rate": 4}),
+    "volume": ((1, 3, 4, 30, 6), (2, 1, 3, 6, 8), "bfloat16", {"padding": "same", "dilation_rate": (1, 1, 5)}),
+    "float image": ((1, 9, 33, 5), (3, 3, 5, 20), "float32", {"padding": "same", "dilation_rate": (2, 3)}),
+}
+
+
+def check_dilated(x_shape, w_shape, dtype, options):
+    case = Case(x_shape, w_shape, dtype, **options)
+    runtime = trace()
+    case.check(runtime)
+    assert constants_of(runtime)["BESIDE"] == w_shape[-3]
+    case.check(trace(2, ONE), bias=False)
+
+
+@emulated
+@pytest.mark.parametrize("name", DILATED)
+def test_dilation_of_the_innermost_axis(name):
+    check_dilated(*DILATED[name])
+
+
+@emulated
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", EVERY_DILATED)
+def test_every_dilation_of_the_innermost_axis(name):
+    check_dilated(*EVERY_DILATED[name])
 
 
 @emulated
@@ -260,7 +308,7 @@ def test_arrays_that_begin_anywhere(dtype, offset):
     "x_shape, w_shape, options",
     [
         ((1, 40, 1), (10, 1, 16), {"strides": 5}),
-        ((1, 40, 3), (3, 3, 16), {"padding": "same"}),
+        ((1, 40, 3), (3, 3, 16), {"padding": "same", "dilation_rate": 2}),
         ((1, 40, 1), (4, 1, 16), {"strides": 2, "padding": (3, 0)}),
         ((1, 7, 18, 3), (3, 7, 3, 16), {"strides": 2, "padding": ((3, 3), (3, 3))}),
     ],
@@ -268,7 +316,8 @@ def test_arrays_that_begin_anywhere(dtype, offset):
 def test_a_poisoned_input_reaches_what_reads_it_and_nothing_else(dtype, poison, x_shape, w_shape, options):
     case = Case(x_shape, w_shape, dtype, **options)
     size = x_shape[1:-1]
-    _, reads = oracle.reads(size, w_shape[:-2], options.get("strides", 1), options.get("padding", "valid"), 1)
+    stride, padding = options.get("strides", 1), options.get("padding", "valid")
+    _, reads = oracle.reads(size, w_shape[:-2], stride, padding, options.get("dilation_rate", 1))
     clean = case.check(trace())
     rng = np.random.default_rng(1)
     for place in rng.permutation(math.prod(size))[:6]:
@@ -325,7 +374,7 @@ def test_indices_beyond_32_bits():
         ((2, 4, 50), (3, 4, 8), "float16", {"data_format": "channels_first"}, "channels last"),
         ((2, 50, 4), (3, 2, 8), "float16", {"groups": 2}, "2 groups"),
         ((2, 50, 17), (3, 17, 8), "float16", {}, "17 channels"),
-        ((2, 50, 4), (3, 4, 8), "float16", {"dilation_rate": 2}, "dilation 2"),
+        ((2, 50, 3), (3, 3, 8), "float16", {"dilation_rate": 3}, "9 elements apart"),
         ((2, 500, 8), (130, 8, 8), "float16", {}, "1040 products"),
         ((2, 50, 4), (3, 4, 8), "float64", {}, "float64"),
         ((0, 50, 4), (3, 4, 8), "float16", {}, "without elements"),
@@ -493,16 +542,17 @@ def test_activations_take_no_stack(activation):
 @pytest.mark.exhaustive
 @pytest.mark.skipif(emulator.nvrtc.missing() is not None, reason=str(emulator.nvrtc.missing()))
 @pytest.mark.parametrize("device", ["A100", "H200"])
-@pytest.mark.parametrize("name", STEMS)
-def test_no_tile_takes_a_stack(name, device):
-    shape, dtype, _ = STEMS[name]
-    for sizes in TILES[dtype]:
-        with only(sizes, 2):
-            try:
-                plan = plan_narrow(shape, dtype, "linear", ALIGNED, DEVICES[device])
-            except PlanError:
-                continue
-        has_no_stack(plan, DEVICES[device].arch)
+@pytest.mark.parametrize("number", range(len(EVERY_TILE)), ids=lambda number: str(EVERY_TILE[number]))
+def test_no_tile_takes_a_stack(number, device):
+    """Every tile for the first layer of its dtype that has it, beginning with another one each time."""
+    dtype, sizes = EVERY_TILE[number]
+    shapes = [shape for shape, of, _ in STEMS.values() if of == dtype]
+    for shape in shapes[number % len(shapes) :] + shapes[: number % len(shapes)]:
+        with only(sizes, 1), suppress(PlanError):
+            plan = plan_narrow(shape, dtype, "linear", ALIGNED, DEVICES[device])
+            has_no_stack(plan, DEVICES[device].arch)
+            return
+    pytest.fail(f"{sizes} is a tile of no layer")
 
 
 # --- Planted bugs ------------------------------------------------------------------------------------------------
@@ -526,6 +576,10 @@ def ordinary(runtime):
     Case((2, 300, 3), (5, 3, 40), "float32", padding="same").check(runtime)
 
 
+def dilated(runtime):
+    Case((2, 300, 4), (3, 4, 32), padding="same", dilation_rate=5).check(runtime)
+
+
 def poisoned_neighbour(runtime):
     case = Case((1, 40, 3), (3, 3, 16), padding="same")
     case.x[0, 20] = np.nan
@@ -544,7 +598,7 @@ PLANTS = [
      "const unsigned low = 0xffff, high", poisoned_neighbour, WRONG),
     ("an input too many in a run", "high = within(k + 1 - FRONT, RUN)", "high = within(k - FRONT, RUN)",
      poisoned_neighbour, WRONG),
-    ("span a vector short", "if (at < TAPS * VECTORS)\n", "if (at < TAPS * VECTORS - 1)\n", copied, "uninitialised"),
+    ("span a vector short", "if (at < LINES * VECTORS)\n", "if (at < LINES * VECTORS - 1)\n", copied, "uninitialised"),
     ("span an element short", "for (int e = 0; e < VECX; ++e) to[e + 1]",
      "for (int e = 0; e < VECX - 1; ++e) to[e + 1]", odd, "uninitialised"),
     ("no barrier in the loop", "    ptx::copy_async_wait<0>();\n    __syncthreads();\n",
@@ -556,8 +610,8 @@ PLANTS = [
     ("a wait that waits for too little", "    ptx::copy_async_wait<0>();\n    __syncthreads();\n",
      "    ptx::copy_async_wait<1>();\n    __syncthreads();\n", copied, "pending"),
     ("one buffer for both tiles", "E* ahead = xs + (stage ^ STAGE);", "E* ahead = xs + stage;", copied, "race"),
-    ("padding not zeroed", "bool inside = at < TAPS * VECTORS && within(corner[RANK - 1] + along, row);",
-     "bool inside = at < TAPS * VECTORS;", copied, "bounds"),
+    ("padding not zeroed", "bool inside = at < LINES * VECTORS && within(corner[RANK - 1] + along, row);",
+     "bool inside = at < LINES * VECTORS;", copied, "bounds"),
     ("padding of an outer axis not zeroed", "inside = inside && within(corner[a] + reach, p.in[a]);", "", image,
      "bounds"),
     ("wrong pitch of rows", "LEAD - FRONT + (m + lane / 4) * PITCH", "LEAD - FRONT + (m + lane / 4) * (PITCH - 2)",
@@ -575,8 +629,11 @@ PLANTS = [
         (1, 9, 300, 3), (3, 3, 3, 64)).check(runtime), "race"),
     ("the bias of another filter", "widen(p.bias[n0 + f])", "widen(p.bias[f])", lambda runtime: Case(
         (1, 40, 3), (3, 3, 300), padding="same").check(runtime), WRONG),
-    ("taps not advanced", "      run += ROW;\n", "", lambda runtime: Case(
+    ("taps not advanced", "own = run + place_of(tap);", "own = run;", lambda runtime: Case(
         (1, 9, 20, 3), (3, 3, 3, 32), "float32").check(runtime), WRONG),
+    ("dilated taps side by side", "tap % BESIDE * REACH; }", "tap % BESIDE * CHANNELS; }", dilated, WRONG),
+    ("a row without its last run", "(BM - 1) * PITCH + (BESIDE - 1) * REACH + KE", "(BM - 1) * PITCH + KE", dilated,
+     "uninitialised"),
     ("weights not held", "      for (int step = 0; step < STEPS; ++step) fragments(held[step], ws, step);",
      "      for (int step = 0; step < STEPS; ++step) fragments(held[step], ws, 0);", copied, WRONG),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
 from cuconv.plan.narrow import plan_narrow
 from cuconv.plan.reduce import plan_conv_reduce, plan_reduce
 from cuconv.plan.simt import BK, CHOICE_FACTOR, Operands, Product, Tile, choose_tile
+from cuconv.plan.taps import plan_taps
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
@@ -28,7 +29,8 @@ from cuconv.plan.types import (
     vector,
 )
 
-# conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
+# conv_narrow.cu or conv_taps.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this
+# much faster.
 SPECIAL_FACTOR = 1.1
 LONGEST_STEP = 64  # values of k, of any kernel
 FEW_BLOCKS = 2  # a multiprocessor: with fewer, either some are idle or the tiles are small ones for want of better
@@ -53,14 +55,38 @@ def plan_conv(
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
         precision: "highest", or "high": products of float32 may be of TF32.
     """
+    shape = _whole_windows(shape)
     plan = plan_form(_form(shape), dtype, activation, aligned, limits, precision)
-    try:
-        narrow = plan_narrow(shape, dtype, activation, aligned, limits)
-    except PlanError as error:
-        return _rejecting(plan, str(error))
-    if _seconds(narrow) <= SPECIAL_FACTOR * _seconds(plan):
-        return _rejecting(narrow, f"{plan.reason}: {_seconds(plan) * 1e6:.1f} us predicted")
-    return _rejecting(plan, f"{narrow.reason}: {_seconds(narrow) * 1e6:.1f} us predicted")
+    for plan_special in (plan_narrow, plan_taps):
+        try:
+            special = plan_special(shape, dtype, activation, aligned, limits)
+        except PlanError as error:
+            plan = _rejecting(plan, str(error))
+            continue
+        plan, other = special, plan
+        if _seconds(plan) > SPECIAL_FACTOR * _seconds(other):
+            plan, other = other, plan
+        plan = _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
+    return plan
+
+
+def _whole_windows(shape: ConvShape) -> ConvShape:
+    """The same convolution of the same memory, with the taps of the innermost axis as channels.
+
+    Where windows lie side by side and fill their rows, what an output reads of a row is a run of neighbours: patches of
+    an image in 3 colours have runs that are long enough for wide accesses.
+    """
+    taps, size = shape.kernel_size[-1], shape.in_size[-1]
+    beside = shape.strides[-1] == taps and shape.dilation_rate[-1] == 1 and shape.pad_before[-1] == 0
+    if not (beside and taps > 1 and size % taps == 0 and shape.groups == 1 and shape.data_format == CHANNELS_LAST):
+        return shape
+    return dataclasses.replace(
+        shape,
+        in_size=(*shape.in_size[:-1], size // taps),
+        in_channels=shape.in_channels * taps,
+        kernel_size=(*shape.kernel_size[:-1], 1),
+        strides=(*shape.strides[:-1], 1),
+    )
 
 
 def _form(shape: ConvShape) -> Form:
@@ -354,7 +380,7 @@ def plan_conv_parts(
         workspace: bytes that partial sums may take; the others as :func:`plan_conv`.
     """
     return plan_parts(
-        _form(shape),
+        _form(_whole_windows(shape)),
         dtype,
         activation,
         aligned,

@@ -64,11 +64,18 @@ class _Windows:
     pitch: int
     run: int
     taps: int
+    beside: int  # of them in a row, `reach` elements apart
+    reach: int
     vector_x: int
     lead: int
     front: int
     copies: int
     depth: int  # values of k of a tap
+
+    @property
+    def lines(self) -> int:
+        """Rows of x that a tile reads."""
+        return self.taps // self.beside
 
     @property
     def steps(self) -> int:
@@ -150,7 +157,7 @@ def plan_narrow(
     rejected = tuple(f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, {each.bound}" for each in others[:4])
 
     # Behind the last row of a tile, and a tile behind the last one, indices are computed all the same.
-    reach = (best.bm + windows.run) * windows.pitch
+    reach = (best.bm + windows.run) * windows.pitch + windows.beside * windows.reach
     ends = (n + p + k for n, p, k in zip(shape.in_size, shape.pad_before, shape.k_eff, strict=True))
     tiles = shape.batch * math.prod(shape.out_size[:-1]) * best.tiles_q
     furthest = max(shape.in_size[-1], shape.out_size[-1] * shape.strides[-1]) + best.bm * shape.strides[-1]
@@ -169,7 +176,9 @@ def plan_narrow(
         ("RANK", shape.rank),
         ("ACTIVATION", ACTIVATION_CODES[activation]),
         ("CHANNELS", shape.in_channels),
-        ("INNER", shape.kernel_size[-1]),
+        ("INNER", windows.run // shape.in_channels),
+        ("BESIDE", windows.beside),
+        ("REACH", windows.reach),
         ("TAPS", windows.taps),
         ("STRIDE", shape.strides[-1]),
         ("BM", best.bm),
@@ -225,24 +234,33 @@ def _require(shape: ConvShape, dtype: str, limits: DeviceLimits) -> None:
         raise PlanError(f"conv_narrow: {shape.groups} groups, only 1")
     if shape.in_channels > MOST_CHANNELS:
         raise PlanError(f"conv_narrow: {shape.in_channels} channels, at most {MOST_CHANNELS}")
-    if shape.dilation_rate[-1] != 1 and shape.kernel_size[-1] != 1:
-        raise PlanError(f"conv_narrow: innermost dilation {shape.dilation_rate[-1]}, only 1, where windows are runs")
     if math.prod(shape.kernel_size) * shape.in_channels > MOST_PRODUCTS:
         products = math.prod(shape.kernel_size) * shape.in_channels
         raise PlanError(f"conv_narrow: {products} products a sum, at most {MOST_PRODUCTS}")
     if dtype not in ("float16", "bfloat16", "float32"):
         raise PlanError(f"conv_narrow: {dtype}, only float16, bfloat16 and float32")
+    if ELEMENTS[dtype].bytes == 2 and _is_dilated(shape) and shape.dilation_rate[-1] * shape.in_channels % 2:
+        apart = shape.dilation_rate[-1] * shape.in_channels
+        raise PlanError(f"conv_narrow: taps {apart} elements apart, only even numbers, for pairs of {dtype}")
     if limits.capability < (8, 0):
         raise PlanError(f"conv_narrow: asynchronous copies need sm_80, {limits.name} has {limits.arch}")
     if 0 in (shape.batch, *shape.in_size, *shape.out_size, shape.filters, shape.in_channels):
         raise PlanError("conv_narrow: an array without elements")
 
 
+def _is_dilated(shape: ConvShape) -> bool:
+    """Whether a window of the innermost axis is more than one run."""
+    return shape.dilation_rate[-1] != 1 and shape.kernel_size[-1] != 1
+
+
 def _windows(shape: ConvShape, element: Element, aligned: int) -> tuple[_Windows, ...]:
     """The ways to lay out tiles of x: on tensor cores a tap may have as few k as are even, or a multiple of 8."""
     channels = shape.in_channels
     pitch, run = shape.strides[-1] * channels, shape.kernel_size[-1] * channels
-    taps = math.prod(shape.kernel_size[:-1])
+    taps, beside, reach = math.prod(shape.kernel_size[:-1]), 1, 0
+    if _is_dilated(shape):
+        run, beside, reach = channels, shape.kernel_size[-1], shape.dilation_rate[-1] * channels
+        taps *= beside
     vector_x = vector(element.bytes, shape.in_size[-1] * channels, aligned)
     front, copies = 0, 1
     if element.bytes == 2 and pitch % 2:
@@ -253,7 +271,8 @@ def _windows(shape: ConvShape, element: Element, aligned: int) -> tuple[_Windows
     depths = [run]
     if element.bytes == 2:
         depths = [-(-(front + run) // unit) * unit for unit in ((2, 8) if taps > 1 else (2,))]
-    return tuple(_Windows(pitch, run, taps, vector_x, lead, front, copies, depth) for depth in dict.fromkeys(depths))
+    how = (pitch, run, taps, beside, reach, vector_x, lead, front, copies)
+    return tuple(_Windows(*how, depth) for depth in dict.fromkeys(depths))
 
 
 def _candidate(
@@ -278,20 +297,21 @@ def _candidate(
     vector_y = min(wn // 4 if tensor else 4, vector(element.bytes, filters, aligned_y))
 
     # Shared memory and registers.
-    vectors = -(-(windows.lead - windows.front + (bm - 1) * windows.pitch + depth) // windows.vector_x)
+    span = (bm - 1) * windows.pitch + (windows.beside - 1) * windows.reach + depth
+    vectors = -(-(windows.lead - windows.front + span) // windows.vector_x)
     unit = max(windows.vector_x, 4 // element.bytes)
     row = -(-(vectors * windows.vector_x + windows.copies - 1) // unit) * unit
-    copy, conflicts = windows.taps * row, 1.0
+    copy, conflicts = windows.lines * row, 1.0
     if tensor:
         to_row, to_copy, conflicts = _places(windows)
-        row = _place(row, to_row) if windows.taps > 1 else row
-        copy = _place(windows.taps * row, to_copy) if windows.copies == 2 else windows.taps * row
+        row = _place(row, to_row) if windows.lines > 1 else row
+        copy = _place(windows.lines * row, to_copy) if windows.copies == 2 else windows.lines * row
     weights = steps * 16 * bn * 2 if tensor else windows.taps * windows.run * bn * 4
     shared = weights + bn * 4 + 2 * windows.copies * copy * element.bytes
     if shared > limits.shared_bytes:
         return None
     fragments = (wm // 16) * (wn // 8) if tensor else 0
-    pieces = -(-windows.taps * vectors // threads)
+    pieces = -(-windows.lines * vectors // threads)
     on_the_way = 0 if windows.copies == 1 and windows.vector_x * element.bytes >= 4 else min(pieces, 8)
     if tensor:
         in_use = 4 * fragments + held * steps * (wn // 4) + 4 * (wm // 16) + (0 if held else wn // 4)
@@ -339,7 +359,7 @@ def _candidate(
     flops = turns * 2 * wm * wn * (16 * steps if tensor else windows.taps * windows.run)
     share = MMA_SHARE.get(limits.capability[0], 0.9)
     units = flops / (share * limits.fp16_rate) if tensor else flops / limits.fp32_rate
-    moved = least_bytes + (tiles * tiles_n * windows.taps * row * element.bytes) + grid * weights
+    moved = least_bytes + (tiles * tiles_n * windows.lines * row * element.bytes) + grid * weights
     warps = blocks * threads / WARP
     memory = max(least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     times = {  # of the busiest multiprocessor
@@ -386,12 +406,13 @@ def _places(windows: _Windows) -> tuple[int, int, float]:
 def _wavefronts(windows: _Windows, row: int, copy: int, start: int) -> int:
     """Wavefronts in which a warp reads two neighbouring k of 8 positions, from the k `start` of a tap on."""
     banks: dict[int, set[tuple[int, int]]] = {}
+    apart = windows.reach if windows.beside > 1 else row  # of two taps
     for lane in range(WARP):
         tap, k = divmod(start + lane % 4 * 2, windows.depth) if windows.taps > 1 else (0, lane % 4 * 2)
         odd = lane // 4 % 2 if windows.copies == 2 else 0
         shift = (windows.lead + odd) % 2 if windows.copies == 2 else 0
         at = shift + windows.lead - windows.front + lane // 4 * windows.pitch + k
-        banks.setdefault((odd * copy + tap * row + at) // 2 % BANKS, set()).add((2 * tap + odd, at // 2))
+        banks.setdefault((odd * copy + tap * apart + at) // 2 % BANKS, set()).add((2 * tap + odd, at // 2))
     return max(map(len, banks.values()))
 
 
