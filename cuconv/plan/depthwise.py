@@ -5,6 +5,7 @@ Which kernel, from the shape alone:
 * ``depthwise_carry`` -- channels-last sequences of up to 8 taps whose stride divides the dilation: every input is
   loaded once, its products wait in registers.
 * ``depthwise_rows`` -- channels-first sequences of stride 1: rows pass through shared memory, 16 bytes at a time.
+* ``depthwise_toeplitz`` -- 16-bit elements with many taps, on tensor cores, where that is predicted to be faster.
 * ``depthwise`` -- everything else.
 """
 
@@ -49,6 +50,7 @@ from cuconv.plan.depthwise_problem import (
     widths_of,
     words_of,
 )
+from cuconv.plan.depthwise_toeplitz import plan_toeplitz
 from cuconv.plan.types import (
     REGISTERS_PER_THREAD,
     STATIC_SHARED_BYTES,
@@ -93,6 +95,11 @@ def _choose(problem: Problem, activation: str, aligned: tuple[int, ...]) -> Laun
     except PlanError as error:
         rejected.append(str(error))
     best = fastest(found, SPECIAL_FACTOR)
+    try:
+        found.append(plan_toeplitz(problem, activation, aligned))
+        best = fastest([best, found[-1]])
+    except PlanError as error:
+        rejected.append(str(error))
     rejected += [f"{other.kernel}: {seconds_of(other) * 1e6:.1f} us predicted" for other in found if other is not best]
     return checked(dataclasses.replace(best, rejected=(*rejected, *best.rejected)))
 
