@@ -165,15 +165,17 @@ class Explanation:
 def peak_rate(device: DeviceLimits, dtype: str, precision: str, operation: str) -> float:
     """Operations a second of the fastest unit of a device for products of `dtype`.
 
-    Depthwise convolutions, upsampling and the gates of an LSTM have no matrix product for the tensor cores.
+    Upsampling and the gates of an LSTM have no matrix product for the tensor cores; depthwise convolutions have one for
+    16-bit numbers.
     """
     if dtype in ("float64", "complex128"):
         return device.fp64_rate
     rate = 0.0
-    if not operation.startswith(("depthwise", "upsample", "bias", "conv_lstm")):
-        if dtype == "float16" or (dtype == "bfloat16" and device.capability >= (8, 0)):
+    depthwise = operation.startswith("depthwise")
+    if not operation.startswith(("upsample", "bias", "conv_lstm")):
+        if (dtype == "float16" and not depthwise) or (dtype in ("float16", "bfloat16") and device.capability >= (8, 0)):
             rate = device.fp16_rate
-        elif dtype == "float32" and precision == "high":
+        elif dtype == "float32" and precision == "high" and not depthwise:
             rate = device.tf32_rate
     return max(rate, device.fp32_rate)
 

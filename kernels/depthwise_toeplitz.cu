@@ -35,21 +35,21 @@
 
 #include "depthwise.cuh"
 
-// Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   OUTER taps of the outer axis, K of
-//   the inner   PHASE inputs before the first that are staged, for alignment   BC   NB blocks of 8 outputs of a strip
+// Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   OUTER taps of the outer axis,
+//   K of the inner   PHASE inputs before the first that are staged, for alignment   BC   NB blocks of 8 outputs of a strip
 //   VEC neighbouring elements of an access to x and w, YV to y: channels, or positions of channels_first
 constexpr int THREADS = 128, WARPS = THREADS / 32, STRIPS = 16;
+constexpr int BLOCKS = sizeof(INDEX) == 4 ? 5 : 4;  // of a multiprocessor: 96 registers, or 128, and nothing spills
 constexpr int STEPS = ceil_div(PHASE + 7 + K, 16);
 constexpr int OUTPUTS = NB * 8;                    // of a strip
 constexpr int READ = (NB - 1) * 8 + STEPS * 16;    // elements of a strip that fragments hold
 constexpr int PITCH = SEQUENCE ? OUTPUTS : READ + 8;
 constexpr int ROWS = SEQUENCE ? STRIPS : STRIPS + OUTER - 1;
-constexpr int COUNT = ceil_div((ROWS - 1) * PITCH + READ, 16) * 16;  // of a channel
+constexpr int CHANNEL = ceil_div((ROWS - 1) * PITCH + READ, 16) * 16;  // elements of a channel
 constexpr int NEEDED = (SEQUENCE ? (STRIPS - 1) * PITCH : 0) + OUTPUTS + PHASE + K - 1;  // of a row; the rest is zero
 constexpr int CV = CHANNELS_FIRST ? 1 : VEC;       // channels of an access
 constexpr int GROUPS = BC / CV;
 constexpr int SKEW = CHANNELS_FIRST ? 0 : larger(8, 64 / GROUPS);
-constexpr int CHANNEL = COUNT;
 constexpr int BAND = STEPS * 16 + 8;              // pairs of a tap of the outer axis
 constexpr int PAIRS = OUTER * BAND + 1;
 static_assert(sizeof(E) == 2, "tensor cores take 16-bit elements");
@@ -112,10 +112,10 @@ __device__ __forceinline__ void unzip(Vector<E, N>& a, Vector<E, N>& b, const un
   }
 }
 
-__device__ __forceinline__ void multiply_matrices(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], half_t) {
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], half_t) {
   ptx::multiply_half(acc, a, b);
 }
-__device__ __forceinline__ void multiply_matrices(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat_t) {
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat_t) {
   ptx::multiply_bfloat(acc, a, b);
 }
 
@@ -132,7 +132,7 @@ __device__ __forceinline__ float sum_of_taps(const E* x, const unsigned* w, floa
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) depthwise_toeplitz(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) unsigned char memory[];
   E* xs = reinterpret_cast<E*>(memory);
   unsigned* ws = reinterpret_cast<unsigned*>(xs + X_ELEMENTS);
@@ -152,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_toeplitz(const _
     const Side outer{p.outer.first + outer_phase + outer0 * p.outer.phases, p.outer.phases};
     const E* from = p.x + batch * p.source_batch + c0 * p.source_channel;
     // Pieces of a channel, or of a vector of channels: VEC positions, or two.
-    constexpr int WIDTH = CHANNELS_FIRST ? VEC : 2, PIECES = COUNT / WIDTH;
+    constexpr int WIDTH = CHANNELS_FIRST ? VEC : 2, IN_ROW = SEQUENCE ? CHANNEL : READ;
+    constexpr int PIECES = (SEQUENCE ? 1 : ROWS) * IN_ROW / WIDTH;
     constexpr int TURNS = ceil_div(PIECES * GROUPS, THREADS), AHEAD = 4;
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; turn += AHEAD) {
@@ -162,10 +163,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_toeplitz(const _
         const int piece = thread + (turn + i) * THREADS;
         const int group = CHANNELS_FIRST ? piece / PIECES : piece % GROUPS;
         const int place = (CHANNELS_FIRST ? piece % PIECES : piece / GROUPS) * WIDTH;
-        const int row = SEQUENCE ? 0 : place / PITCH, column = place - row * PITCH;
+        const int row = SEQUENCE ? 0 : place / IN_ROW, column = place - row * IN_ROW;
         const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step;
-        const bool inside = group * CV < channels && place < COUNT && within(at0, p.outer.source) && column < NEEDED;
-        const E* piece_from = from + (group * CV * p.source_channel + at0 * p.outer.source_pitch + at1 * p.inner.source_pitch);
+        const bool inside = piece < PIECES * GROUPS && group * CV < channels && within(at0, p.outer.source) &&
+                            column < NEEDED;
+        const E* piece_from =
+            from + (group * CV * p.source_channel + at0 * p.outer.source_pitch + at1 * p.inner.source_pitch);
         a[i] = load_or_zero<VEC>(piece_from, inside && within(at1, p.inner.source));
         if constexpr (!CHANNELS_FIRST)
           b[i] = load_or_zero<VEC>(piece_from + inner.step * p.inner.source_pitch,
@@ -175,12 +178,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_toeplitz(const _
       for (int i = 0; i < AHEAD; ++i) {
         const int piece = thread + (turn + i) * THREADS;
         if (piece >= PIECES * GROUPS) continue;
+        const int group = CHANNELS_FIRST ? piece / PIECES : piece % GROUPS;
+        const int place = (CHANNELS_FIRST ? piece % PIECES : piece / GROUPS) * WIDTH;
+        const int row = SEQUENCE ? 0 : place / IN_ROW, column = place - row * IN_ROW;
+        E* channel = xs + x_at(group * CV) + row * PITCH + column;
         if constexpr (CHANNELS_FIRST) {
-          store(xs + x_at(piece / PIECES) + piece % PIECES * WIDTH, a[i]);
+          store(channel, a[i]);
         } else {
           unsigned word[VEC];
           zip(word, a[i], b[i]);
-          unsigned* to = reinterpret_cast<unsigned*>(xs + x_at(piece % GROUPS * CV)) + piece / GROUPS;
+          unsigned* to = reinterpret_cast<unsigned*>(channel);
 #pragma unroll
           for (int v = 0; v < VEC; ++v) to[v * (CHANNEL / 2)] = word[v];
         }
@@ -232,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise_toeplitz(const _
         for (int j = 0; j < NB; ++j) {
           const int i = j + 2 * s;
           const unsigned a[4] = {halves[i][0], halves[i][1], halves[i + 1][0], halves[i + 1][1]};
-          multiply_matrices(acc[j], a, b, E{});
+          multiply_add(acc[j], a, b, E{});
         }
       }
     }

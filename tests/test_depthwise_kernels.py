@@ -112,7 +112,7 @@ def trace(seed=1, limits=ONE):
 # --- Parity ------------------------------------------------------------------------------------------------------
 
 # A case, and the kernel of each of its passes.
-CARRY, WALK, ROWS = "depthwise_carry", "depthwise", "depthwise_rows"
+CARRY, WALK, ROWS, TOEPLITZ = "depthwise_carry", "depthwise", "depthwise_rows", "depthwise_toeplitz"
 GRAD, GRADS, GRAD_ROWS = "depthwise_grad", "depthwise_grads", "depthwise_grad_rows"
 CASES = (
     (Case((2, 45, 8), (4, 8, 1), padding="causal"), {"y": CARRY, "dx": CARRY, "dw": GRAD, "all": GRADS}),
@@ -540,6 +540,8 @@ def covered(plan, target, rows):
     if plan.kernel == ROWS:
         tile = constants["TR"] * constants["TV"] * 16 // ELEMENT_BYTES[constants["ELEMENT"]]
         return plan.grid[0] * 128 // constants["TR"] * tile * plan.integers[2]
+    if plan.kernel == TOEPLITZ:
+        return plan.grid[0] * constants["BC"] * 16 * 8 * constants["NB"]
     threads = plan.integers[0]
     return threads * constants["VEC"] * constants["TP"]
 
@@ -563,7 +565,10 @@ def test_plans_cover_every_output_within_the_limits_of_a_device(name):
         target = shape.y_shape if which == "y" else shape.x_shape
         if which in ("y", "dx"):
             assert covered(plan, target, shape.batch) >= math.prod(target), plan
-            assert 128 * plan.grid[0] >= plan.integers[0] > 128 * (plan.grid[0] - 1) or plan.kernel == ROWS
+            assert 128 * plan.grid[0] >= plan.integers[0] > 128 * (plan.grid[0] - 1) or plan.kernel in (
+                ROWS,
+                TOEPLITZ,
+            )
         else:
             units, share = plan.launch.integers[-2:]
             if plan.launch.kernel == GRAD:

@@ -1,8 +1,8 @@
 """Plans of depthwise convolutions on tensor cores: 16-bit elements, stride 1, many taps.
 
 The model, for one block of kernels/depthwise_toeplitz.cu. Its multiprocessor is busy for as long as the slowest of the
-tensor cores, shared memory (a wavefront a cycle) and the issue of instructions; while a block computes, the others load:
-what memory and multiprocessors take hides behind one another, but for the part of one block.
+tensor cores, shared memory (a wavefront a cycle) and the issue of instructions (four a cycle). While a block computes,
+the others load: what memory and multiprocessors take hides behind one another, but for the part of one block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
 from cuconv.plan.depthwise_problem import (
-    CHEAP_ACTIVATIONS,
     NO_AXIS,
     THREADS,
     Axis,
@@ -25,13 +24,13 @@ from cuconv.plan.depthwise_problem import (
     taps_of,
 )
 from cuconv.plan.mma import RATE_SHARE, require
-from cuconv.plan.types import STATIC_SHARED_BYTES, VECTOR_BYTES, LaunchPlan, PlanError, vector
+from cuconv.plan.types import LaunchPlan, PlanError, vector
 
 STRIPS = 16  # rows of a fragment
 MOST_STEPS = 33  # of 16 inputs, 512 taps; they are written out
 BLOCKS = (5, 7, 3, 9, 1)  # of 8 outputs, of a strip; from the number that suits most
-CHANNELS = (32, 16, 64)  # of a tile
-REGISTERS = 128
+CHANNELS = (32, 64, 16)  # of a tile; 16 are half of what the memory is read in
+REGISTERS = 96  # for five blocks of a multiprocessor
 
 
 def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -> LaunchPlan:
@@ -52,7 +51,6 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
     if first and inner.dilation > 1:
         raise PlanError(f"depthwise_toeplitz: dilation {inner.dilation} of neighbouring positions, channels first")
     x, w, y = aligned
-    widest = VECTOR_BYTES // element.bytes
     if first:
         y_vec = vector(element.bytes, inner.target, y)
         widths = [1 << n for n in range(vector(element.bytes, inner.source, x).bit_length())][::-1]
@@ -66,14 +64,13 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
         if steps > MOST_STEPS:
             rejected.append(f"depthwise_toeplitz: {inner.taps} taps, at most {MOST_STEPS * 16 - 7}")
             continue
-        for blocks in BLOCKS:
-            for channels in CHANNELS:
-                if channels <= max(STRIPS, problem.channels) and THREADS % (channels if first else channels // y_vec) == 0:
-                    plan = _candidate(problem, activation, outer, inner, (width, y_vec, phase, steps, blocks, channels))
-                    if plan.shared_bytes > limits.shared_bytes:
-                        rejected.append(f"{plan.reason}: {plan.shared_bytes} bytes of shared memory")
-                    else:
-                        plans.append(plan)
+        for channels in CHANNELS:
+            for blocks in BLOCKS:
+                plan = _candidate(problem, activation, outer, inner, (width, y_vec, phase, steps, blocks, channels))
+                if plan.shared_bytes > limits.shared_bytes:
+                    rejected.append(f"depthwise_toeplitz: {plan.shared_bytes} bytes of shared memory for {plan.reason}")
+                else:
+                    plans.append(plan)
     if not plans:
         raise PlanError(rejected[0])
     return fastest(plans)
@@ -111,21 +108,21 @@ def _candidate(
     tiles_c = -(-problem.channels // channels)
     launched = problem.batch * tiles_c * tiles_inner * tiles_outer * inner.dilation * outer.dilation
 
-    # Of a block: fragments, wavefronts of shared memory and instructions of its warps.
+    # Of a block: fragments, wavefronts of shared memory, and instructions of its warps as ptxas makes them for sm_90.
     fragments = outer.taps * ((blocks + 1) // 2 + steps - 1)
     products = outer.taps * steps * blocks
-    staged, done = count / 64, STRIPS * outputs / 64  # words a lane
-    wavefronts = channels * (2 * staged + 4 * fragments + 2 * outer.taps * steps + 2 * blocks + done + pairs / 32)
-    per_vector = 24 / (8 if first else width)
+    words, done = (count if sequence else rows * read) / 64, STRIPS * outputs / 64  # a lane, of a channel
+    wavefronts = channels * (2 * words + 4 * fragments + 2 * outer.taps * steps + 2 * blocks + done + pairs / 32)
+    copied = (52 / width, 48 / y_width) if first else (2 + 45 / width, 2 + 27 / width)  # of a word
     instructions = channels * (
-        staged * (2 + per_vector)
-        + pairs / 32 * (2 + 2 * per_vector)
+        words * copied[0]
+        + done * copied[1]
+        + pairs / 32 * (39 if first else 2 + 40 / width)
+        + 45
+        + outer.taps * (2 * steps + (13 if outer.taps > 1 else 0))
         + fragments
-        + products
-        + outer.taps * (2 * steps + 4)
-        + blocks * (2 + 4 * (1 + finishing_of(activation, element)))
-        + done * (2 + per_vector)
-        + 20
+        + 3 * products
+        + blocks * (12 + 4 * finishing_of(activation, element))
     )
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
     rate = limits.fp16_rate * next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
@@ -168,6 +165,7 @@ def _candidate(
         moved=int(launched * channels * (count + STRIPS * outputs) * element.bytes),
         dram=problem.least_bytes + again / L2_FACTOR,
         flops=launched * channels * products * 2048,
+        extents=(*_reach(problem, outer, STRIPS), *_reach(problem, inner, tile)),
         reason=f"tensor cores, tiles of {channels} channels and {STRIPS} strips of {outputs} outputs, "
         f"{steps * outer.taps} products for {inner.taps * outer.taps} taps",
     )
@@ -181,6 +179,16 @@ def _candidate(
         plan,
         dynamic_shared_bytes=shared,
         cost=dataclasses.replace(plan.cost, seconds=seconds) if plan.cost else None,
+    )
+
+
+def _reach(problem: Problem, axis: Axis, tile: int) -> tuple[int, int]:
+    """Elements of source and target up to where a tile that begins at the end of an axis may point."""
+    beyond = (2 * tile + axis.taps) * axis.dilation
+    channels = max(CHANNELS) * (problem.source_positions + problem.target_positions if problem.first else 1)
+    return (
+        problem.source_size + beyond * axis.source_pitch + channels,
+        problem.target_size + beyond * axis.target_pitch + channels,
     )
 
 
