@@ -22,8 +22,7 @@
 // number: such sums are taken again, of their own taps alone.
 //
 // Work split
-//   blockIdx.x counts, fastest first: tile of BC channels, tile of the inner axis, tile of the outer axis, phase of the
-//   inner and of the outer axis (depthwise.cuh), item. A tile has 16 strips of NB * 8 outputs: in one axis strips
+//   blockIdx.x as in depthwise_tiles.cuh, in tiles of BC channels. A tile has 16 strips of NB * 8 outputs: in one axis strips
 //   follow each other, in two each is a row. A warp takes one channel of the tile after the other.
 //
 // Shared memory
@@ -33,7 +32,7 @@
 //                     vectors of channels go to different banks.
 //   ws [BC][PAIRS]    pairs of taps      bs [BC]  bias
 
-#include "depthwise.cuh"
+#include "depthwise_tiles.cuh"
 
 // Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   OUTER taps of the outer axis,
 //   K of the inner   PHASE inputs before the first that are staged, for alignment   BC   NB blocks of 8 outputs of a strip
@@ -58,29 +57,8 @@ static_assert(BC % CV == 0 && BC % WARPS == 0 && THREADS % GROUPS == 0, "threads
 static_assert(SEQUENCE == 0 || OUTER == 1, "one axis has no outer taps");
 static_assert(CHANNELS_FIRST || PHASE == 0, "channels do not shift positions");
 
-struct Params {
-  const E* x;
-  const E* w;
-  const E* bias;
-  E* y;
-  Index channels, channel_tiles;
-  Index source_batch, target_batch;      // elements of a batch item
-  Index source_channel, target_channel;  // elements from one channel to the next
-  Index tap_first, tap_step;             // elements of w
-  struct Axis {
-    Index source, target, tiles, phases;
-    Index first;  // what the first tap of output 0 reads
-    Index source_pitch, target_pitch;  // elements from one position to the next
-  } inner, outer;
-};
-
 __device__ __forceinline__ int x_at(int channel) { return channel * CHANNEL + channel / CV * SKEW; }
 constexpr int X_ELEMENTS = BC * CHANNEL + GROUPS * SKEW;
-
-// A tile on an axis: element i of it is position at + i * step, that of phase order.
-struct Side {
-  Index at, step;
-};
 
 // Words of (a.at[0], b.at[0]), (a.at[1], b.at[1]), ..
 template <int N>
@@ -139,18 +117,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz
   float* bs = reinterpret_cast<float*>(ws + BC * PAIRS);
   const int thread = threadIdx.x, lane = thread % 32;
 
-  Index n = Index(blockIdx.x);
-  const Index c0 = take(n, p.channel_tiles) * BC;
-  const Index inner0 = take(n, p.inner.tiles) * (SEQUENCE ? STRIPS * OUTPUTS : OUTPUTS);
-  const Index outer0 = take(n, p.outer.tiles) * STRIPS;
-  const Index inner_phase = take(n, p.inner.phases), outer_phase = take(n, p.outer.phases), batch = n;
-  const int channels = int(p.channels - c0 < BC ? p.channels - c0 : BC);
+  const Tile tile(p, BC, SEQUENCE ? STRIPS * OUTPUTS : OUTPUTS, STRIPS);
+  const Index c0 = tile.c0;
+  const int channels = tile.channels;
 
   // 1. Stage: inputs, taps and bias, zeros outside of them.
   {
-    const Side inner{p.inner.first + inner_phase + inner0 * p.inner.phases - PHASE, p.inner.phases};
-    const Side outer{p.outer.first + outer_phase + outer0 * p.outer.phases, p.outer.phases};
-    const E* from = p.x + batch * p.source_batch + c0 * p.source_channel;
+    const Side inner = tile.inner_source(p, PHASE), outer = tile.outer_source(p);
+    const E* from = p.x + tile.batch * p.source_batch + c0 * p.source_channel;
     // Pieces of a channel, or of a vector of channels: VEC positions, or two.
     constexpr int WIDTH = CHANNELS_FIRST ? VEC : 2, IN_ROW = SEQUENCE ? CHANNEL : READ;
     constexpr int PIECES = (SEQUENCE ? 1 : ROWS) * IN_ROW / WIDTH;
@@ -270,9 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz
   __syncthreads();
 
   // 3. Store.
-  const Side inner{inner_phase + inner0 * p.inner.phases, p.inner.phases};
-  const Side outer{outer_phase + outer0 * p.outer.phases, p.outer.phases};
-  E* to = p.y + batch * p.target_batch + c0 * p.target_channel;
+  const Side inner = tile.inner_target(p), outer = tile.outer_target(p);
+  E* to = p.y + tile.batch * p.target_batch + c0 * p.target_channel;
   constexpr int WIDTH = CHANNELS_FIRST ? YV : 2, PIECES = STRIPS * OUTPUTS / WIDTH;
 #pragma unroll 2
   for (int piece = thread; piece < PIECES * GROUPS; piece += THREADS) {

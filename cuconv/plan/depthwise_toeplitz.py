@@ -1,33 +1,18 @@
 """Plans of depthwise convolutions on tensor cores: 16-bit elements, stride 1, many taps.
 
-The model, for one block of kernels/depthwise_toeplitz.cu. Its multiprocessor is busy for as long as the slowest of the
-tensor cores, shared memory (a wavefront a cycle) and the issue of instructions (four a cycle). While a block computes,
-the others load: what memory and multiprocessors take hides behind one another, but for the part of one block.
+The model, for one block of kernels/depthwise_toeplitz.cu. It takes as long as the slowest of the tensor cores, shared
+memory (a wavefront a cycle) and the issue of instructions (four a cycle).
 """
 
 from __future__ import annotations
 
-import dataclasses
-
-from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
-from cuconv.plan.depthwise_problem import (
-    NO_AXIS,
-    THREADS,
-    Axis,
-    Problem,
-    constants_of,
-    fastest,
-    finishing_of,
-    launch_of,
-    pitches_of,
-    resident_blocks,
-    taps_of,
-)
+from cuconv.plan.depthwise_problem import NO_AXIS, THREADS, Axis, Problem, constants_of, fastest, finishing_of
+from cuconv.plan.depthwise_tiles import clock_of, first_of, tiled_axes, tiled_launch
 from cuconv.plan.mma import RATE_SHARE, require
-from cuconv.plan.types import LaunchPlan, PlanError, vector
+from cuconv.plan.types import WARP, LaunchPlan, PlanError, vector
 
 STRIPS = 16  # rows of a fragment
-MOST_STEPS = 33  # of 16 inputs, 512 taps; they are written out
+MOST_STEPS = 33  # of 16 inputs; they are written out
 BLOCKS = (5, 7, 3, 9, 1)  # of 8 outputs, of a strip; from the number that suits most
 CHANNELS = (32, 64, 16)  # of a tile; 16 are half of what the memory is read in
 REGISTERS = 96  # for five blocks of a multiprocessor
@@ -41,32 +26,27 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
     """
     element, limits, first = problem.element, problem.limits, problem.first
     require(element, limits)
-    depth, outer, inner = (problem.outer[0], *(problem.walk, problem.outer[1])[:: 1 if first else -1])
-    if depth != NO_AXIS:
-        raise PlanError("depthwise_toeplitz: at most two axes")
-    if (inner.stride, outer.stride) != (1, 1):
-        raise PlanError("depthwise_toeplitz: only stride 1")
-    if problem.multiplier > 1:
-        raise PlanError("depthwise_toeplitz: no multiplier")
+    outer, inner = tiled_axes(problem, "depthwise_toeplitz")
     if first and inner.dilation > 1:
         raise PlanError(f"depthwise_toeplitz: dilation {inner.dilation} of neighbouring positions, channels first")
     x, w, y = aligned
     if first:
-        y_vec = vector(element.bytes, inner.target, y)
-        widths = [1 << n for n in range(vector(element.bytes, inner.source, x).bit_length())][::-1]
+        y_width = vector(element.bytes, inner.target, y)
+        widest = vector(element.bytes, inner.source, x)
+        widths = (widest, widest // 2) if widest > 1 else (1,)  # a narrower access needs less room for alignment
     else:
-        y_vec = vector(element.bytes, problem.channels, x, w, y)
-        widths = [y_vec]
+        y_width = vector(element.bytes, problem.channels, x, w, y)
+        widths = (y_width,)
     plans, rejected = [], []
-    for width in widths[:2]:  # a narrower access needs less room for alignment
-        phase = _first(problem, inner) % width if first else 0
+    for width in widths:
+        phase = first_of(problem, inner) % width if first else 0
         steps = -(-(phase + 7 + inner.taps) // 16)
         if steps > MOST_STEPS:
             rejected.append(f"depthwise_toeplitz: {inner.taps} taps, at most {MOST_STEPS * 16 - 7}")
             continue
         for channels in CHANNELS:
             for blocks in BLOCKS:
-                plan = _candidate(problem, activation, outer, inner, (width, y_vec, phase, steps, blocks, channels))
+                plan = _candidate(problem, activation, (outer, inner), width, y_width, phase, steps, blocks, channels)
                 if plan.shared_bytes > limits.shared_bytes:
                     rejected.append(f"depthwise_toeplitz: {plan.shared_bytes} bytes of shared memory for {plan.reason}")
                 else:
@@ -76,21 +56,20 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
     return fastest(plans)
 
 
-def _first(problem: Problem, axis: Axis) -> int:
-    """What the first tap of output 0 reads."""
-    return axis.pad - (axis.taps - 1) * axis.dilation if problem.transposed else -axis.pad
-
-
 def _candidate(
     problem: Problem,
     activation: str,
-    outer: Axis,
-    inner: Axis,
-    sizes: tuple[int, int, int, int, int, int],
+    axes: tuple[Axis, Axis],
+    width: int,
+    y_width: int,
+    phase: int,
+    steps: int,
+    blocks: int,
+    channels: int,
 ) -> LaunchPlan:
     """The launch with accesses of `width` elements, tiles of `channels`, and strips of `blocks` * 8 outputs."""
-    width, y_width, phase, steps, blocks, channels = sizes
     element, limits, first = problem.element, problem.limits, problem.first
+    outer, inner = axes
     sequence = outer == NO_AXIS
     # As in the kernel.
     outputs, read = blocks * 8, (blocks - 1) * 8 + steps * 16
@@ -101,12 +80,6 @@ def _candidate(
     pairs = outer.taps * (steps * 16 + 8) + 1
     skew = 0 if first else max(8, 64 // groups)
     shared = (channels * count + groups * skew) * element.bytes + channels * (pairs + 1) * 4
-
-    tile = STRIPS * outputs if sequence else outputs
-    along, across = -(-inner.target // inner.dilation), -(-outer.target // outer.dilation)
-    tiles_inner, tiles_outer = -(-along // tile), 1 if sequence else -(-across // STRIPS)
-    tiles_c = -(-problem.channels // channels)
-    launched = problem.batch * tiles_c * tiles_inner * tiles_outer * inner.dilation * outer.dilation
 
     # Of a block: fragments, wavefronts of shared memory, and instructions of its warps as ptxas makes them for sm_90.
     fragments = outer.taps * ((blocks + 1) // 2 + steps - 1)
@@ -124,16 +97,10 @@ def _candidate(
         + 3 * products
         + blocks * (12 + 4 * finishing_of(activation, element))
     )
-    clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
+    clock = clock_of(limits)
     rate = limits.fp16_rate * next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
     tensor = channels * products * 4096 / (rate / limits.multiprocessors)
-    block_seconds = max(tensor, wavefronts / clock, instructions / 4 / clock)
-
-    # What tiles read twice comes from the L2 cache for all but one.
-    fresh = (tile + inner.taps - 1) / tile * (1 if sequence else (STRIPS + outer.taps - 1) / STRIPS)
-    again = (min(fresh, 4) - 1) * problem.source_size * element.bytes
-    registers = REGISTERS
-    plan = launch_of(
+    return tiled_launch(
         problem,
         "depthwise_toeplitz",
         constants_of(
@@ -149,57 +116,14 @@ def _candidate(
             VEC=width,
             YV=y_width,
         ),
-        (
-            problem.channels,
-            tiles_c,
-            *pitches_of(problem),
-            *taps_of(problem),
-            *_axis(problem, inner, tiles_inner),
-            *_axis(problem, outer, tiles_outer),
-        ),
-        threads=launched * THREADS,
-        walked=tile,
-        registers=registers,
+        axes,
+        (channels, *((1, STRIPS * outputs) if sequence else (STRIPS, outputs))),
+        max(tensor, wavefronts / clock, instructions / 4 / clock),
+        registers=REGISTERS,
         shared=shared,
-        instructions=instructions / (THREADS // 32),
-        moved=int(launched * channels * (count + STRIPS * outputs) * element.bytes),
-        dram=problem.least_bytes + again / L2_FACTOR,
-        flops=launched * channels * products * 2048,
-        extents=(*_reach(problem, outer, STRIPS), *_reach(problem, inner, tile)),
+        products=channels * products * 2048,
+        instructions=instructions * WARP / THREADS,
+        staged=channels * count,
         reason=f"tensor cores, tiles of {channels} channels and {STRIPS} strips of {outputs} outputs, "
         f"{steps * outer.taps} products for {inner.taps * outer.taps} taps",
-    )
-    resident = resident_blocks(limits, registers, shared)
-    memory = (problem.least_bytes + again / L2_FACTOR) / limits.bandwidth
-    busiest = -(-launched // limits.multiprocessors)
-    compute = busiest * block_seconds
-    hidden = min(resident, max(1.0, launched / limits.multiprocessors))
-    seconds = max(memory, compute) + min(memory, compute) / hidden + LAUNCH_SECONDS
-    return dataclasses.replace(
-        plan,
-        dynamic_shared_bytes=shared,
-        cost=dataclasses.replace(plan.cost, seconds=seconds) if plan.cost else None,
-    )
-
-
-def _reach(problem: Problem, axis: Axis, tile: int) -> tuple[int, int]:
-    """Elements of source and target up to where a tile that begins at the end of an axis may point."""
-    beyond = (2 * tile + axis.taps) * axis.dilation
-    channels = max(CHANNELS) * (problem.source_positions + problem.target_positions if problem.first else 1)
-    return (
-        problem.source_size + beyond * axis.source_pitch + channels,
-        problem.target_size + beyond * axis.target_pitch + channels,
-    )
-
-
-def _axis(problem: Problem, axis: Axis, tiles: int) -> tuple[int, ...]:
-    """struct Params::Axis of the kernel."""
-    return (
-        axis.source,
-        axis.target,
-        tiles,
-        axis.dilation,
-        _first(problem, axis),
-        axis.source_pitch,
-        axis.target_pitch,
     )
