@@ -333,10 +333,10 @@ CONFORMER = depthwise_shape((32, 1000, 512), (31, 512, 1), padding="same")
 HYENA = depthwise_shape((2, 8192, 4096), (128, 4096, 1), padding="causal")
 CONVNEXT = depthwise_shape((64, 56, 56, 96), (7, 7, 96, 1), padding="same")
 LAYERS = {
-    "Conformer": (CONFORMER, (70, 75, 85)),
+    "Conformer": (CONFORMER, (65, 75, 85)),
     "Conformer, channels first": (
         depthwise_shape((32, 512, 1000), (31, 512, 1), padding="same", data_format=FIRST),
-        (70, 75, 85),
+        (65, 75, 85),
     ),
     "StripedHyena": (HYENA, (75, 75, 75)),
     "ConvNeXt": (CONVNEXT, (55, 55, 65)),

@@ -97,8 +97,7 @@ def _choose(problem: Problem, activation: str, aligned: tuple[int, ...]) -> Laun
     planners = (plan_rows if problem.first else plan_carry, plan_walk, plan_tile, plan_toeplitz)
     answers = [_attempt(planner, problem, activation, aligned) for planner in planners]
     found = [answer for answer in answers if isinstance(answer, LaunchPlan)]
-    walked = [plan for plan in found if plan.kernel in ("depthwise_rows", "depthwise_carry", "depthwise")]
-    best = fastest([fastest(walked, SPECIAL_FACTOR), *found])
+    best = fastest(found, SPECIAL_FACTOR if isinstance(answers[0], LaunchPlan) else CHOICE_FACTOR)
     rejected = [answer for answer in answers if isinstance(answer, str)]
     rejected += [f"{other.kernel}: {seconds_of(other) * 1e6:.1f} us predicted" for other in found if other is not best]
     return checked(dataclasses.replace(best, rejected=(*rejected, *best.rejected)))

@@ -16,6 +16,7 @@ from cuconv.plan.depthwise_problem import (
     Axis,
     Problem,
     launch_of,
+    memory_seconds,
     pitches_of,
     resident_blocks,
     taps_of,
@@ -107,11 +108,10 @@ def tiled_launch(
         extents=tuple(_reach(problem, axis, each) for axis, each in zip(axes, outputs, strict=True)),
         reason=cost["reason"],
     )
-    memory = dram / limits.bandwidth
-    compute = -(-launched // limits.multiprocessors) * block_seconds
-    others = min(
-        resident_blocks(limits, cost["registers"], cost["shared"]), max(1.0, launched / limits.multiprocessors)
-    )
+    resident = resident_blocks(limits, cost["registers"], cost["shared"])
+    memory = memory_seconds(limits, launched, resident, dram)
+    compute = ceil_div(launched, limits.multiprocessors) * block_seconds
+    others = min(resident, max(1.0, launched / limits.multiprocessors))
     seconds = max(memory, compute) + min(memory, compute) / others + LAUNCH_SECONDS
     return dataclasses.replace(
         plan,
