@@ -167,17 +167,20 @@ class Explanation:
 def peak_rate(device: DeviceLimits, dtype: str, precision: str, operation: str) -> float:
     """Operations a second of the fastest unit of a device for products of `dtype`.
 
-    Depthwise convolutions, upsampling and the gates of an LSTM have no matrix product for the tensor cores.
+    Upsampling and the gates of an LSTM have no matrix product for the tensor cores; depthwise convolutions have one for
+    16-bit numbers.
     """
-    products = not operation.startswith(("depthwise", "upsample", "bias", "conv_lstm"))
+    without = operation.startswith(("upsample", "bias", "conv_lstm"))
+    products = not without and not operation.startswith("depthwise")
     if dtype in ("float64", "complex128"):
         return max(device.dmma_rate if products and dtype == "float64" else 0.0, device.fp64_rate)
     rate = 0.0
-    if products:
-        if dtype == "float16" or (dtype == "bfloat16" and device.capability >= (8, 0)):
+    if dtype in ("float16", "bfloat16"):
+        # Tensor cores of sm_75 have products of float16, and no kernel for depthwise convolutions.
+        if not without and (device.capability >= (8, 0) or (dtype == "float16" and products)):
             rate = device.fp16_rate
-        elif dtype == "float32":
-            rate = device.tf32_rate / (1 if precision == "high" else 3)  # three of TF32 are as exact as one
+    elif dtype == "float32" and products:
+        rate = device.tf32_rate / (1 if precision == "high" else 3)  # three of TF32 are as exact as one
     return max(rate, device.fp32_rate)
 
 

@@ -195,7 +195,8 @@ def _successors(instructions: Sequence[Instruction], labels: dict[str, int]) -> 
         conditional = bool(instruction.guard) or (instruction.name == "BRA" and operands)
         if instruction.name not in ENDS or conditional:
             following.append(i + 1 if i + 1 < len(instructions) else None)
-        if instruction.name in ("BRA", "JMP") and instruction.target:
+        # A call of a label within the function does not come back: ptxas' way to branch out of a long loop.
+        if instruction.name in ("BRA", "JMP", "CALL") and instruction.target:
             following.append(first_at.get(instruction.target))
         if instruction.name == "BSSY":
             joins[instruction.operands.split(",")[0]] = first_at.get(instruction.target)

@@ -112,7 +112,8 @@ def trace(seed=1, limits=ONE):
 # --- Parity ------------------------------------------------------------------------------------------------------
 
 # A case, and the kernel of each of its passes.
-CARRY, WALK, ROWS = "depthwise_carry", "depthwise", "depthwise_rows"
+CARRY, WALK, ROWS, TOEPLITZ = "depthwise_carry", "depthwise", "depthwise_rows", "depthwise_toeplitz"
+TILE = "depthwise_tile"
 GRAD, GRADS, GRAD_ROWS = "depthwise_grad", "depthwise_grads", "depthwise_grad_rows"
 CASES = (
     (Case((2, 45, 8), (4, 8, 1), padding="causal"), {"y": CARRY, "dx": CARRY, "dw": GRAD, "all": GRADS}),
@@ -540,6 +541,10 @@ def covered(plan, target, rows):
     if plan.kernel == ROWS:
         tile = constants["TR"] * constants["TV"] * 16 // ELEMENT_BYTES[constants["ELEMENT"]]
         return plan.grid[0] * 128 // constants["TR"] * tile * plan.integers[2]
+    if plan.kernel == TILE:
+        return plan.grid[0] * 128 * constants["VEC"] * constants["TP"]
+    if plan.kernel == TOEPLITZ:
+        return plan.grid[0] * constants["BC"] * 16 * 8 * constants["NB"]
     threads = plan.integers[0]
     return threads * constants["VEC"] * constants["TP"]
 
@@ -563,7 +568,11 @@ def test_plans_cover_every_output_within_the_limits_of_a_device(name):
         target = shape.y_shape if which == "y" else shape.x_shape
         if which in ("y", "dx"):
             assert covered(plan, target, shape.batch) >= math.prod(target), plan
-            assert 128 * plan.grid[0] >= plan.integers[0] > 128 * (plan.grid[0] - 1) or plan.kernel == ROWS
+            assert 128 * plan.grid[0] >= plan.integers[0] > 128 * (plan.grid[0] - 1) or plan.kernel in (
+                ROWS,
+                TOEPLITZ,
+                TILE,
+            )
         else:
             units, share = plan.launch.integers[-2:]
             if plan.launch.kernel == GRAD:
@@ -589,10 +598,11 @@ def test_indices_are_narrow_where_they_fit():
 def test_plans_say_why():
     shape = depthwise_shape((8, 2048, 512), (31, 512, 1), padding="same")
     plan = plans.plan_depthwise(shape, "float32", "relu", (0, 0, 0), DEVICES["H200"])
-    assert plan.kernel == WALK
+    assert plan.kernel == TILE
     assert any("31 taps, at most 8" in reason for reason in plan.rejected)
-    assert any("registers" in reason for reason in plan.rejected)
-    assert "outputs of" in str(plan)
+    assert any("only 16-bit elements" in reason for reason in plan.rejected)
+    assert any(reason.startswith("depthwise: ") and "us predicted" in reason for reason in plan.rejected)
+    assert "1x128 outputs in shared memory" in str(plan)
     strided = depthwise_shape((8, 512, 2048), (4, 512, 1), padding="same", strides=2, data_format=FIRST)
     plan = plans.plan_depthwise(strided, "float32", "relu", (0, 0, 0), DEVICES["H200"])
     assert any("stride 2, only 1" in reason for reason in plan.rejected)

@@ -83,7 +83,8 @@ def test_work_and_data_are_those_of_the_definition():
     [
         ("bfloat16", layers.Conv1D, "H200", "fp16_rate"),
         ("mixed_float16", layers.Conv1D, "T4", "fp16_rate"),
-        ("bfloat16", layers.DepthwiseConv1D, "H200", "fp32_rate"),
+        ("bfloat16", layers.DepthwiseConv1D, "H200", "fp16_rate"),
+        ("mixed_float16", layers.DepthwiseConv1D, "T4", "fp32_rate"),
         ("float32", layers.Conv1D, "L4", "fp32_rate"),
         ("float64", layers.Conv1D, "A100", "dmma_rate"),
         ("float64", layers.DepthwiseConv1D, "A100", "fp64_rate"),

@@ -190,6 +190,15 @@ GATES = (
     Gate("depthwise_carry bfloat16 silu", _depthwise_carry(4, "bfloat16", "silu"), 168, paired=True),
     Gate("depthwise_carry transposed", _depthwise_carry(4, "float32", transposed=True), 96, paired=True),
     Gate("depthwise k=31 float32", _depthwise(31, "float32"), 255, loop=(FP32, 0.45)),
+    Gate(
+        "depthwise_toeplitz k=31 bfloat16",
+        _depthwise(31, "bfloat16"),
+        96,
+        WIDE,
+        loop=(("HMMA",), 0.03),  # beside the epilogue; the memory leaves room for it
+        loop_needs=("LDSM", "LDS", "STS"),
+        since=(8, 0),
+    ),
     Gate("depthwise_rows float32", _depthwise_first(4, "float32"), 80, WIDE),
     Gate("depthwise_rows bfloat16", _depthwise_first(4, "bfloat16"), 64, WIDE),
     Gate("bias_grad float32", _bias_grad("float32"), 64, ("LDG.128",), loop=(("FADD",), 0.15), loop_needs=("LDG.128",)),

@@ -5,7 +5,11 @@ Which kernel, from the shape alone:
 * ``depthwise_carry`` -- channels-last sequences of up to 8 taps whose stride divides the dilation: every input is
   loaded once, its products wait in registers.
 * ``depthwise_rows`` -- channels-first sequences of stride 1: rows pass through shared memory, 16 bytes at a time.
+* ``depthwise_tile`` -- many taps of stride 1, channels last: tiles pass through shared memory.
+* ``depthwise_toeplitz`` -- many taps of stride 1 in 16 bits, either layout: on tensor cores.
 * ``depthwise`` -- everything else.
+
+Where several of them compute a problem, the one with the least predicted time.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from cuconv.geometry import ConvShape
@@ -49,6 +54,8 @@ from cuconv.plan.depthwise_problem import (
     widths_of,
     words_of,
 )
+from cuconv.plan.depthwise_tile import plan_tile
+from cuconv.plan.depthwise_toeplitz import plan_toeplitz
 from cuconv.plan.types import (
     REGISTERS_PER_THREAD,
     STATIC_SHARED_BYTES,
@@ -87,14 +94,26 @@ def plan_depthwise_transpose(
 
 
 def _choose(problem: Problem, activation: str, aligned: tuple[int, ...]) -> LaunchPlan:
-    found, rejected = [plan_walk(problem, activation, aligned)], []
-    try:
-        found.insert(0, (plan_rows if problem.first else plan_carry)(problem, activation, aligned))
-    except PlanError as error:
-        rejected.append(str(error))
-    best = fastest(found, SPECIAL_FACTOR)
+    planners = (plan_rows if problem.first else plan_carry, plan_walk, plan_tile, plan_toeplitz)
+    answers = [_attempt(planner, problem, activation, aligned) for planner in planners]
+    found = [answer for answer in answers if isinstance(answer, LaunchPlan)]
+    best = fastest(found, SPECIAL_FACTOR if isinstance(answers[0], LaunchPlan) else CHOICE_FACTOR)
+    rejected = [answer for answer in answers if isinstance(answer, str)]
     rejected += [f"{other.kernel}: {seconds_of(other) * 1e6:.1f} us predicted" for other in found if other is not best]
     return checked(dataclasses.replace(best, rejected=(*rejected, *best.rejected)))
+
+
+def _attempt(
+    planner: Callable[[Problem, str, tuple[int, ...]], LaunchPlan],
+    problem: Problem,
+    activation: str,
+    aligned: tuple[int, ...],
+) -> LaunchPlan | str:
+    """The plan, or why there is none."""
+    try:
+        return planner(problem, activation, aligned)
+    except PlanError as error:
+        return str(error)
 
 
 def plan_carry(problem: Problem, activation: str, aligned: tuple[int, ...]) -> LaunchPlan:

@@ -362,12 +362,17 @@ def predicted(
     """Seconds of a launch; arguments as :func:`launch_of`."""
     blocks = -(-threads // THREADS)
     blocks_each = blocks / limits.multiprocessors
-    # Two blocks, each thread with 8 loads of 16 bytes on their way, keep the memory busy; fewer at the end do not.
-    busy = min(resident_blocks(limits, registers, shared), 2)
-    memory = dram / limits.bandwidth * max(1 + 0.25 * busy / blocks_each, busy / blocks_each)
+    memory = memory_seconds(limits, blocks, resident_blocks(limits, registers, shared), dram)
     issued = limits.fp32_rate / 2  # instructions of a thread a second: one where a fused multiply-add could be
     cores = max(moved / (limits.fp32_rate / 4), blocks * THREADS * instructions / issued)
     return max(memory, cores * math.ceil(blocks_each) / blocks_each) + LAUNCH_SECONDS
+
+
+def memory_seconds(limits: DeviceLimits, blocks: int, resident_at_once: int, dram: float) -> float:
+    """Seconds that the memory takes for `dram` bytes."""
+    # Two blocks, each thread with 8 loads of 16 bytes on their way, keep the memory busy; fewer at the end do not.
+    busy = min(resident_at_once, 2) / (blocks / limits.multiprocessors)
+    return dram / limits.bandwidth * max(1 + 0.25 * busy, busy)
 
 
 def resident_blocks(limits: DeviceLimits, registers: int, shared: int = 0) -> int:
