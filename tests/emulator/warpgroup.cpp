@@ -306,8 +306,10 @@ void change_registers(Thread& self, int site, u32 count, bool more) {
   if (!g.registers)
     return report("registers", site, &self, "without launch bounds, threads and blocks, the compiler ignores setmaxnreg");
   if (!gather(site, g)) return;
-  if (more ? count < g.registers : count > g.registers)
+  if (more ? count < g.registers : count > g.registers) {
     report("registers", site, &self, "setmaxnreg.%s to %u, from %u", more ? "inc" : "dec", count, g.registers);
+    abort_launch();
+  }
   g.wanted = count, g.last = self.id;
   if (count <= g.registers) free_registers += (g.registers - count) * WARPGROUP, g.registers = count;
   grant();
