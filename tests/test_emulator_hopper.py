@@ -13,8 +13,8 @@ import emulator
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import EmulationError, Module, Swizzle, TensorMapError, UnsupportedError, build, compile_ptx, tensor_map
-from emulator.tensor_map import ALIGNMENT, SIZE, DataType, encode
+from emulator import EmulationError, Module, Swizzle, TensorMapError, UnsupportedError, build, compile_ptx, map_of
+from emulator.tensor_map import SIZE, DataType, encode
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -128,11 +128,11 @@ def test_boxes(dtype, sizes, box, steps, start, swizzle, skipped, mode, seed):
     x = np.random.default_rng(0).integers(1, 200, sizes[::-1]).astype(dtype)
     expected = box_of(x, start, box, steps)
     strides = x.strides[-2::-1]
-    given = tensor_map(x, TYPES[dtype], sizes, strides, box, steps, swizzle=swizzle)
+    given = map_of(x, TYPES[dtype], sizes, strides, box, steps, swizzle=swizzle)
     # The way back: to a tensor that the box fills, at an offset of one in the outermost axis.
     y = np.zeros((expected.shape[0] + 2, *expected.shape[1:]), dtype)
     back_box = expected.shape[::-1]
-    back = tensor_map(y, TYPES[dtype], y.shape[::-1], y.strides[-2::-1], back_box, swizzle=swizzle)
+    back = map_of(y, TYPES[dtype], y.shape[::-1], y.strides[-2::-1], back_box, swizzle=swizzle)
     out = np.zeros(expected.nbytes, np.uint8)
     starts = [
         np.array([*at, *(0,) * (5 - len(at))], np.int32).view("V20")[0] for at in (start, (*(0,) * (x.ndim - 1), 1))
@@ -149,7 +149,7 @@ def test_boxes(dtype, sizes, box, steps, start, swizzle, skipped, mode, seed):
 def launch_box(x=None, given=None, to=None, **options):
     """A box of 8 rows of 32 numbers there and back, with whatever maps."""
     x = np.ones((8, 32), np.float32) if x is None else x
-    plain = tensor_map(x, 7, (32, 8), (128,), (32, 8))
+    plain = map_of(x, 7, (32, 8), (128,), (32, 8))
     starts = [np.zeros(5, np.int32).view("V20")[0]] * 2
     maps = (plain if each is None else each for each in (given, to))
     args = (*maps, np.zeros(256, np.float32), *starts)
@@ -160,7 +160,7 @@ def launch_box(x=None, given=None, to=None, **options):
 
 def test_a_box_filled_with_nan():
     x, out = np.ones((8, 32), np.float32), np.zeros(256, np.float32)
-    given = tensor_map(x, 7, (32, 8), (128,), (32, 8), fill=1)
+    given = map_of(x, 7, (32, 8), (128,), (32, 8), fill=1)
     starts = [np.array([0, 4, 0, 0, 0], np.int32).view("V20")[0]] * 2
     sample("boxes", "RANK=2", "BYTES=1024", "SKIPPED=0").launch("boxes", (1,), (64,), (given, given, out, *starts))
     assert (out[:128] == 1).all() and np.isnan(out[128:]).all()
@@ -168,18 +168,17 @@ def test_a_box_filled_with_nan():
 
 def test_boxes_that_no_map_describes():
     x = np.ones((8, 32), np.float32)
-    beyond = tensor_map(x, 7, (32, 9), (128,), (32, 9))
+    beyond = map_of(x, 7, (32, 9), (128,), (32, 9))
     assert "bounds" in kinds(launch_box(x, given=beyond))
     assert kinds(launch_box(given=np.zeros(SIZE, np.uint8).view("V128")[0])) >= {"copy", "deadlock"}
-    other_rank = tensor_map(x, 7, (32, 8, 1), (128, 1024), (32, 8, 1))
+    other_rank = map_of(x, 7, (32, 8, 1), (128, 1024), (32, 8, 1))
     launch = launch_box(x, to=other_rank)
-    assert [report.text for report in launch.reports if report.kind == "copy"][0].startswith(
-        "2 coordinates for a tensor map of 3 axes"
-    )
+    copies = [report.text for report in launch.reports if report.kind == "copy"]
+    assert len(copies) == 1 and copies[0].startswith("2 coordinates for a tensor map of 3 axes")
     frozen = np.ones((8, 32), np.float32)
     frozen.flags.writeable = False
     assert kinds(launch_box(frozen)) == {"read-only"}
-    launch = launch_box(given=tensor_map(x, 7, (32, 8), (128,), (32, 8), (1, 2)))  # half the rows, all the bytes
+    launch = launch_box(given=map_of(x, 7, (32, 8), (128,), (32, 8), (1, 2)))  # half the rows, all the bytes
     assert kinds(launch) == {"deadlock"} and "lacks 0 arrivals and 512 bytes" in launch.reports[0].text
 
 
@@ -217,8 +216,8 @@ class WgmmaTile:
         self.swizzle = swizzle
 
     def launch(self, **options):
-        maps = [tensor_map(x, 9, (200, len(x)), (400,), (64, 64), swizzle=self.swizzle) for x in (self.a, self.b)]
-        args = (*maps, tensor_map(self.y, 7, (72, 100), (288,), (64, 64)), np.int32(72), np.int32(200))
+        maps = [map_of(x, 9, (200, len(x)), (400,), (64, 64), swizzle=self.swizzle) for x in (self.a, self.b)]
+        args = (*maps, map_of(self.y, 7, (72, 100), (288,), (64, 64)), np.int32(72), np.int32(200))
         return self.module.launch("wgmma_tile", (2,), (160,), args, uninitialised=(2,), **options)
 
     def check(self):
@@ -329,8 +328,8 @@ class Form:
             *(f"ld.param.u64 %rd{i}, [{name}_{i}];" for i in range(5)),
             "cvt.u64.u32 %rd5, %r2; add.u64 %rd0, %rd0, %rd5; add.u32 %r1, %r1, %r2;",
             "COPY: ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd0]; st.shared.v4.b32 [%r1], {%r4, %r5, %r6, %r7};",
-            f"add.u32 %r2, %r2, 2048; add.u32 %r1, %r1, 2048; add.u64 %rd0, %rd0, 2048; setp.lt.u32 %p0, %r2, {2 * HALF_BYTES};",
-            "@%p0 bra COPY; fence.proxy.async; bar.sync 0;",
+            "add.u32 %r2, %r2, 2048; add.u32 %r1, %r1, 2048; add.u64 %rd0, %rd0, 2048;",
+            f"setp.lt.u32 %p0, %r2, {2 * HALF_BYTES}; @%p0 bra COPY; fence.proxy.async; bar.sync 0;",
             "mov.u32 %r1, tile; shr.u32 %r1, %r1, 4; cvt.u64.u32 %rd5, %r1;",
             "add.u64 %rd3, %rd3, %rd5; add.u64 %rd4, %rd4, %rd5;",
             "cvt.u64.u32 %rd5, %r0; shl.b64 %rd6, %rd5, 4; add.u64 %rd1, %rd1, %rd6;",
@@ -515,7 +514,8 @@ RUN = {
     "not committed": ((READY, FENCE, PRODUCT, wait_for(0), USE), {"pending"}),
     "left behind": (RIGHT[:-1], {"pending"}),
     "other places": (
-        (*RIGHT[:-1], "mov.f32 %f8, %f0; mov.f32 %f0, %f1; mov.f32 %f1, %f8;", PRODUCT, COMMIT, wait_for(0)), {"pending"},
+        (*RIGHT[:-1], "mov.f32 %f8, %f0; mov.f32 %f0, %f1; mov.f32 %f1, %f8;", PRODUCT, COMMIT, wait_for(0)),
+        {"pending"},
     ),
     "no engine fence": ((READY.replace("fence.proxy.async;", ""), *RIGHT[1:]), {"fence"}),
     "the reader's engine fence": (
@@ -599,7 +599,8 @@ COUNTED = {
                  {"deadlock"}, "lacks 0 arrivals and -16 bytes"),
     "no arrival": ("mbarrier.expect_tx.shared.b64 [%r1], 32; mbarrier.complete_tx.shared.b64 [%r1], 32;",
                    {"deadlock"}, "lacks 1 arrivals and 0 bytes"),
-    "more than it counts": ("mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 1048576;", {"barrier"}, "1048575 are possible"),
+    "more than it counts": ("mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 1048576;", {"barrier"},
+                            "1048575 are possible"),
 }  # fmt: skip
 
 
@@ -633,8 +634,8 @@ def test_a_lane_is_elected():
 
 def test_clusters():
     one = (
-        "mov.u32 %r0, %cluster_ctarank; mov.u32 %r1, %cluster_nctarank; mov.u32 %r2, tile; mapa.shared::cluster.u32 %r3, "
-        "%r2, %r0; st.shared.u32 [tile], %r1; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
+        "mov.u32 %r0, %cluster_ctarank; mov.u32 %r1, %cluster_nctarank; mov.u32 %r2, tile; "
+        "mapa.shared::cluster.u32 %r3, %r2, %r0; st.shared.u32 [tile], %r1; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
         "ld.shared::cluster.u32 %r4, [%r3]; st.global.u32 [%rd6], %r4;"
     )
     x = np.zeros(1, np.uint32)
