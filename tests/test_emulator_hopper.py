@@ -178,6 +178,8 @@ def test_boxes_that_no_map_describes():
     frozen = np.ones((8, 32), np.float32)
     frozen.flags.writeable = False
     assert kinds(launch_box(frozen)) == {"read-only"}
+    narrow = map_of(x, 7, (32, 8), (128,), (16, 8), swizzle=Swizzle.BYTES_128)
+    assert any("the manual leaves open" in report.text for report in launch_box(x, given=narrow).reports)
     launch = launch_box(given=map_of(x, 7, (32, 8), (128,), (32, 8), (1, 2)))  # half the rows, all the bytes
     assert kinds(launch) == {"deadlock"} and "lacks 0 arrivals and 512 bytes" in launch.reports[0].text
 
@@ -225,8 +227,9 @@ class WgmmaTile:
 
 
 @every_run
-def test_wgmma_tile(mode, seed):
-    case = WgmmaTile()
+@pytest.mark.parametrize("defines", [(), ("PIPELINED",)], ids=["one by one", "pipelined"])
+def test_wgmma_tile(mode, seed, defines):
+    case = WgmmaTile(*defines)
     case.launch(mode=mode, seed=seed)
     case.check()
 
@@ -242,6 +245,7 @@ WGMMA_BUGS = {
     "BUG_COMMIT": {"pending"},
     "BUG_PRODUCT_WAIT": {"pending"},
     "BUG_EARLY_RELEASE": {"race"},
+    "PIPELINED BUG_EARLY_RELEASE": {"race"},
     "BUG_STORE_READ": {"race"},
     "BUG_STORE_BARRIER": {"race"},
     "BUG_ENGINE_FENCE": {"fence"},
@@ -252,7 +256,7 @@ WGMMA_BUGS = {
 @pytest.mark.parametrize("bug, found", WGMMA_BUGS.items(), ids=WGMMA_BUGS)
 def test_planted_in_wgmma_tile(bug, found):
     for seed in (0, 1, 2):
-        assert kinds(WgmmaTile(bug).launch(mode="trace", seed=seed, check=False)) & found, seed
+        assert kinds(WgmmaTile(*bug.split()).launch(mode="trace", seed=seed, check=False)) & found, seed
 
 
 @pytest.mark.parametrize("bug", ["BUG_FEW_BYTES", "BUG_MANY_BYTES", "BUG_PRODUCT_WAIT", "BUG_COMMIT", "BUG_LAST_STORE"])
@@ -510,6 +514,10 @@ RUN = {
     "right": ((*RIGHT, USE), set()),
     "used too early": ((*RIGHT[:-1], USE, wait_for(0)), {"pending"}),
     "moved and used too early": ((*RIGHT[:-1], "mov.f32 %f8, %f1; add.f32 %f8, %f8, %f8;", wait_for(0)), {"pending"}),
+    "packed too early": ((*RIGHT[:-1], "mov.b64 %rd2, {%f0, %f1};", wait_for(0)), {"pending"}),
+    "multiplied too early": (
+        (*RIGHT[:-1], FENCE, "mov.b32 %r5, %f0;", PRODUCT, COMMIT, wait_for(0)), {"pending"},
+    ),
     "one group left": ((*RIGHT[:-1], wait_for(1), USE, wait_for(0)), {"pending"}),
     "not committed": ((READY, FENCE, PRODUCT, wait_for(0), USE), {"pending"}),
     "left behind": (RIGHT[:-1], {"pending"}),
@@ -635,7 +643,8 @@ def test_a_lane_is_elected():
 def test_clusters():
     one = (
         "mov.u32 %r0, %cluster_ctarank; mov.u32 %r1, %cluster_nctarank; mov.u32 %r2, tile; "
-        "mapa.shared::cluster.u32 %r3, %r2, %r0; st.shared.u32 [tile], %r1; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
+        "mapa.shared::cluster.u32 %r3, %r2, %r0; st.shared.u32 [tile], %r1; "
+        "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
         "ld.shared::cluster.u32 %r4, [%r3]; st.global.u32 [%rd6], %r4;"
     )
     x = np.zeros(1, np.uint32)

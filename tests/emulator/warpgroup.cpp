@@ -232,7 +232,7 @@ void multiply(Thread& self, int site, const Multiply& form, const u32* a, u64 de
     abort_launch();
   }
   Input& in = g.next.in[self.id % WARPGROUP];
-  if (a) std::copy(a, a + 4, in.a);
+  for (u32 i = 0; a && i < 4; i++) in.a[i] = settled(self, site, a[i]);
   for (u32 j = 0; j < form.columns / 2; j++) {
     const u32 place = j << 16 | form.columns;
     u32 entry = d[j] - TOKEN;

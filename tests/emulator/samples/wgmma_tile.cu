@@ -4,6 +4,8 @@
 //   y[m,n] = sum over k of  a[m,k] * b[n,k]     a [M,K]   b [N,K]   y [M,N], float32; rows and columns outside are zero
 //
 // Maps:  a, b  boxes of 64 x 64 under the 128-byte swizzle     y  boxes of 64 x 64 without one
+// PIPELINED: a product is under way while the next one is asked for.
+//
 // Work split:  a block computes 64 rows of y, 64 columns at a time. Threads 0 to 127 multiply, thread 128 asks for boxes.
 // Shared memory:  as, bs [STAGES][64][64]   ys [64][64]   full, empty [STAGES]
 
@@ -76,6 +78,19 @@ extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_consta
 #ifndef BUG_COMMIT
         commit_products();
 #endif
+#ifdef PIPELINED
+        wait_products<1>();
+#ifdef BUG_EARLY_RELEASE
+        if (lane == 0) arrive(&empty[s]);
+#else
+        if (step && lane == 0) arrive(&empty[(i - 1) % STAGES]);
+#endif
+      }
+      wait_products<0>();
+#ifndef BUG_EARLY_RELEASE
+      if (lane == 0) arrive(&empty[(tile * steps + steps - 1) % STAGES]);
+#endif
+#else
 #ifdef BUG_EARLY_RELEASE
         if (lane == 0) arrive(&empty[s]);
 #endif
@@ -86,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_consta
         if (lane == 0) arrive(&empty[s]);
 #endif
       }
+#endif
       // The tile before must have been read before this one overwrites it.
 #ifndef BUG_STORE_READ
       if (threadIdx.x == 0) wait_until_read<0>();
