@@ -4,14 +4,24 @@
 //   y[m,n] = sum over k of  a[m,k] * b[n,k]     a [M,K]   b [N,K]   y [M,N], float32; rows and columns outside are zero
 //
 // Maps:  a, b  boxes of 64 x 64 under the 128-byte swizzle     y  boxes of 64 x 64 without one
-// PIPELINED: a product is under way while the next one is asked for.
-//
 // Work split:  a block computes 64 rows of y, 64 columns at a time. Threads 0 to 127 multiply, thread 128 asks for boxes.
 // Shared memory:  as, bs [STAGES][64][64]   ys [64][64]   full, empty [STAGES]
 
 #include "sm90.cuh"
 
 constexpr int STAGES = 2, TILE = 64, TILE_BYTES = TILE * TILE * 2;
+
+// Products that are under way while the next one is asked for, and the stages that are kept for them.
+#ifdef PIPELINED
+constexpr int UNDER_WAY = 1;
+#else
+constexpr int UNDER_WAY = 0;
+#endif
+#ifdef BUG_EARLY_RELEASE
+constexpr int KEPT = 0;
+#else
+constexpr int KEPT = UNDER_WAY;
+#endif
 
 extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_constant__ Map a, const __grid_constant__ Map b,
                                                              const __grid_constant__ Map y, int N, int K) {
@@ -78,30 +88,16 @@ extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_consta
 #ifndef BUG_COMMIT
         commit_products();
 #endif
-#ifdef PIPELINED
-        wait_products<1>();
-#ifdef BUG_EARLY_RELEASE
-        if (lane == 0) arrive(&empty[s]);
-#else
-        if (step && lane == 0) arrive(&empty[(i - 1) % STAGES]);
-#endif
-      }
-      wait_products<0>();
-#ifndef BUG_EARLY_RELEASE
-      if (lane == 0) arrive(&empty[(tile * steps + steps - 1) % STAGES]);
-#endif
-#else
-#ifdef BUG_EARLY_RELEASE
-        if (lane == 0) arrive(&empty[s]);
-#endif
 #ifndef BUG_PRODUCT_WAIT
-        wait_products<0>();
+        wait_products<UNDER_WAY>();
 #endif
-#ifndef BUG_EARLY_RELEASE
-        if (lane == 0) arrive(&empty[s]);
-#endif
+        if (step >= KEPT && lane == 0) arrive(&empty[(i - KEPT) % STAGES]);
       }
+#ifndef BUG_PRODUCT_WAIT
+      wait_products<0>();
 #endif
+      if (KEPT && lane == 0) arrive(&empty[(tile * steps + steps - 1) % STAGES]);
+
       // The tile before must have been read before this one overwrites it.
 #ifndef BUG_STORE_READ
       if (threadIdx.x == 0) wait_until_read<0>();
