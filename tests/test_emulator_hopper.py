@@ -223,6 +223,20 @@ class WgmmaTile:
         np.testing.assert_array_equal(self.y, self.a.astype(np.float32) @ self.b.astype(np.float32).T)
 
 
+def test_traffic_of_copies():
+    """A box counts the bytes that it has inside, line by line."""
+    case = WgmmaTile()
+    traffic = [
+        each for each in case.launch(mode="trace").traffic if each.instruction.startswith("cp.async.bulk.tensor")
+    ]
+    assert {each.space for each in traffic} == {"global"}
+    loads = [each for each in traffic if "complete_tx" in each.instruction]
+    stored = next(each for each in traffic if "bulk_group" in each.instruction)
+    assert sum(each.bytes for each in loads) == 2 * case.b.nbytes + 2 * case.a.nbytes  # two blocks, two tiles of columns
+    assert stored.bytes == case.y.nbytes and stored.requests == 2 * 100
+    assert all(each.least_sectors <= each.sectors <= each.least_sectors * 1.5 for each in traffic)
+
+
 @every_run
 @pytest.mark.parametrize("defines", [(), ("PIPELINED",)], ids=["one by one", "pipelined"])
 def test_wgmma_tile(mode, seed, defines):
@@ -288,7 +302,7 @@ def test_planted_gives_a_wrong_product(case):
 @pytest.mark.parametrize(
     "file, right, wrong",
     [
-        ("tensor_copies.cpp", "piece ^ line % 8", "piece ^ line % 4"),
+        ("tensor_copies.cpp", "swizzle == 3 ? 8", "swizzle == 3 ? 4"),
         ("warpgroup.cpp", "(at >> 7) - base", "(at >> 8) - base"),
     ],
     ids=["copies", "products"],
@@ -304,6 +318,41 @@ def test_a_swizzle_misread_on_one_side_shows(file, right, wrong, tmp_path, monke
     case.launch()
     with pytest.raises(AssertionError, match="Arrays are not equal"):
         case.check()
+
+
+# --- A product by pairs of blocks --------------------------------------------------------------------------------
+
+
+class WgmmaCluster:
+    """A product [300, 200] [100, 200] transposed: four blocks, the last of which has 44 rows outside."""
+
+    def __init__(self, *defines: str):
+        self.module = sample("wgmma_cluster", *defines)
+        self.a = whole_numbers((300, 200), ml_dtypes.bfloat16, 1)
+        self.b = whole_numbers((100, 200), ml_dtypes.bfloat16, 2)
+        self.y = np.full((300, 100), np.nan, np.float32)
+
+    def launch(self, **options):
+        maps = [
+            map_of(x, 9, (200, len(x)), (400,), (64, rows), swizzle=Swizzle.BYTES_128)
+            for x, rows in ((self.a, 64), (self.b, 32))
+        ]
+        args = (*maps, self.y, *map(np.int32, (300, 100, 200)))
+        return self.module.launch("wgmma_cluster", (4,), (384,), args, 3 * 192 * 128, uninitialised=(2,), **options)
+
+
+@every_run
+def test_wgmma_cluster(mode, seed):
+    case = WgmmaCluster()
+    case.launch(mode=mode, seed=seed)
+    np.testing.assert_array_equal(case.y, case.a.astype(np.float32) @ case.b.astype(np.float32).T)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bug, found", [("BUG_OWN_RELEASE", "race"), ("BUG_EARLY_EXIT", "bounds")])
+def test_planted_in_wgmma_cluster(bug, found):
+    for seed in (0, 1, 2):
+        assert found in kinds(WgmmaCluster(bug).launch(mode="trace", seed=seed, check=False)), seed
 
 
 # --- Products, form by form --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 // runtime.cpp -- fibers, scheduling, memory, the detector and the counters.
 //
-// Clusters of blocks run one after the other; within one, a thread runs until it waits for others. The seed sets the order of
-// blocks, warps and lanes and the moment an asynchronous copy lands; seed 0 is ascending order and the latest moment.
+// Clusters of blocks run one after the other; within one, a thread runs until it waits for others. The seed sets the
+// order of clusters, warps and lanes and the moment an asynchronous copy lands; seed 0 is ascending order and the
+// latest moment.
 //
 // The detector keeps a vector clock for each thread and, for every two bytes of memory, who wrote last and two of those
 // who read since. Two accesses race when one writes, they are not both atomic or strong, and no barrier orders them;
@@ -454,13 +455,18 @@ u32 canonical(const Thread& self, u64 address) {
 
 u8* memory_of(u32 address) { return shared_memory + u64(address / WINDOW - 1) * shared_size; }
 
+// Whether the block of a canonical address can be reached.
+static bool is_there(const Thread& self, int site, u32 place) {
+  const u32 rank = place / WINDOW - 1;
+  if (rank == self.rank || (rank < cluster_size && live_in[rank])) return true;
+  report("bounds", site, &self, "shared memory of block %u of the cluster, which %s", rank,
+         rank < cluster_size ? "has ended" : "is not there");
+  return false;
+}
+
 u8* shared_access(const Actor& by, int site, u32 address, u32 bytes, Kind kind) {
-  const u32 place = canonical(*by.thread, address), rank = place / WINDOW - 1, at = place % WINDOW;
-  if (rank >= cluster_size || (rank != by.thread->rank && !live_in[rank])) {
-    report("bounds", site, by.thread, "%s of shared memory of block %u of the cluster, which %s", name_of(kind), rank,
-           rank < cluster_size ? "has ended" : "is not there");
-    return nullptr;
-  }
+  const u32 place = canonical(*by.thread, address), at = place % WINDOW;
+  if (!is_there(*by.thread, site, place)) return nullptr;
   // Between two arrays lie more bytes than an access has.
   if (u64(at) + bytes > shared_size || !shared_valid[at] || !shared_valid[at + bytes - 1]) {
     long nearest = 1l << 40;
@@ -593,7 +599,8 @@ static bool complete(const Barrier& b) {
 
 u32 barrier(Thread& self, int site, u32 id, u32 count, bool waits, Reduction reduction, u32 value) {
   if (id >= BARRIERS || count % 32 || count > block_threads) {
-    report("barrier", site, &self, "barrier %u of %u threads is not possible in a block of %u", id, count, block_threads);
+    report("barrier", site, &self, "barrier %u of %u threads is not possible in a block of %u", id, count,
+           block_threads);
     abort_launch();
   }
   id += self.rank * BARRIERS;
@@ -756,7 +763,9 @@ void wait_all(Thread& self) {
 // ---- mbarriers --------------------------------------------------------------------------------------------------
 
 static Mbarrier& mbarrier_at(Thread& self, int site, u64 address) {
-  const auto found = mbarriers.find(canonical(self, address));
+  const u32 place = canonical(self, address);
+  if (!is_there(self, site, place)) abort_launch();
+  const auto found = mbarriers.find(place);
   if (found == mbarriers.end()) {
     report("barrier", site, &self, "mbarrier used before it is initialised");
     abort_launch();
@@ -778,8 +787,8 @@ void mbarrier_invalidate(Thread& self, int site, u64 address) {
 static void end_phase(const Thread& self, int site, Mbarrier& b) {
   if (b.pending || b.expected) return;
   if (b.under_way)
-    report("barrier", site, &self, "a phase of an mbarrier ends while copies bring it %ld bytes: more come than expected",
-           b.under_way);
+    report("barrier", site, &self,
+           "a phase of an mbarrier ends while copies bring it %ld bytes: more come than expected", b.under_way);
   b.phase++, b.pending = b.count;
   if (TRACE) join(b.over.data(), b.arrived.data());
 }
@@ -1048,7 +1057,8 @@ static void launch(const Request& r) {
   random_order = r.seed != 0;
   random_state = 0x9e3779b97f4a7c15u * (r.seed + 1);
   if (cluster_size > 1 && (block_threads % 32 || nctaid.x % cluster_size))
-    return report("launch", -1, nullptr, "whole warps, and along x whole clusters of %u blocks are needed", cluster_size);
+    return report("launch", -1, nullptr, "a cluster of %u blocks needs whole warps, and whole clusters along x",
+                  cluster_size);
   if (!lay_out_shared()) return;
 
   extents.assign(r.extents, r.extents + r.extent_count);

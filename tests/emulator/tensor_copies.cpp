@@ -47,12 +47,11 @@ struct BulkCopy {
 
   u32 bytes() const { return row_bytes * u32(rows.size()); }
 
-  // Where byte `at` of the box lies: pieces of a line of 128 bytes are exchanged, by the number of that line. Memory of a
-  // block begins at a multiple of 1024 bytes.
+  // Where byte `at` of the box lies: pieces of a line of 128 bytes are exchanged, by the number of that line.
   u32 place(u32 at) const {
     const u32 address = shared + at, line = address / 128, piece = address / PIECE % 8;
-    const u32 moved = swizzle == 3 ? piece ^ line % 8 : swizzle == 2 ? piece ^ line % 4 : swizzle ? piece ^ line % 2 : piece;
-    return line * 128 + moved * PIECE + address % PIECE;
+    const u32 lines = swizzle == 3 ? 8 : swizzle == 2 ? 4 : swizzle == 1 ? 2 : 1;  // until the pattern repeats
+    return line * 128 + (piece ^ line % lines) * PIECE + address % PIECE;
   }
 
   void load() {

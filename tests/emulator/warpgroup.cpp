@@ -15,10 +15,11 @@ constexpr u32 WARPGROUP = 128, ROWS = 64, DEPTH_BYTES = 32, MOST_COLUMNS = 256;
 
 // ---- matrices in shared memory ----------------------------------------------------------------------------------
 
-// What a matrix descriptor says. Where the sum runs along memory, 8 rows of `width` bytes follow each other and the next
-// 8 come after `stride`. Where it runs across (transposed), memory has lines of `width` bytes, 8 of one index of the sum
-// after the other, the next 8 after `stride`, and the next `width` bytes of rows after `leading`. Without a swizzle the
-// width is 16 bytes, and the remaining distances are the other way round: see the canonical layouts of the manual.
+// What a matrix descriptor says. Where the sum runs along memory, 8 rows of `width` bytes follow each other, and the
+// next 8 come after `stride`; without a swizzle the width is 16 bytes, and the second half of the sum comes after
+// `leading`. Where it runs across memory (transposed), a line of `width` bytes is one index of the sum: 8 lines follow
+// each other, the next 8 come after `stride`, and the rows beyond `width` bytes after `leading`; without a swizzle the
+// other way round. These are the canonical layouts of the manual.
 struct Matrix {
   u32 start, leading, stride, base, width;
   bool transposed;
@@ -31,8 +32,8 @@ struct Matrix {
     width = WIDTHS[descriptor >> 62];
   }
 
-  // The address of 16 bytes: of row `line`, from byte 16 `piece` of the sum on; where transposed, of index `line` of the
-  // sum, from byte 16 `piece` of the rows on.
+  // The address of 16 bytes: of row `line`, from byte 16 * piece of the sum on; where transposed, of index `line` of
+  // the sum, from byte 16 * piece of the rows on.
   u32 address(u32 line, u32 piece) const {
     const u32 within = 16 * piece % width, beyond = 16 * piece / width;
     const bool plain = width == 16;
@@ -235,8 +236,8 @@ void multiply(Thread& self, int site, const Multiply& form, const u32* a, u64 de
   Warpgroup& g = warpgroup_of(self, site);
   Waiter& mine = waiters[self.id];
   if (!g.arrived) {
-    g.next = {form,           site,        a != nullptr, adds,
-              descriptor_a, descriptor_b, ++g.issued,   self.shared, std::vector<Input>(WARPGROUP)};
+    g.next = {form, site, a != nullptr, adds, descriptor_a, descriptor_b, ++g.issued, self.shared, {}};
+    g.next.in.resize(WARPGROUP);
   } else if (g.next.a != descriptor_a || g.next.b != descriptor_b || g.next.adds != adds) {
     report("divergence", site, &self, "threads of one warpgroup give different descriptors, or only some add");
     abort_launch();
@@ -314,7 +315,8 @@ void change_registers(Thread& self, int site, u32 count, bool more) {
   }
   Warpgroup& g = warpgroup_of(self, site);
   if (!g.registers)
-    return report("registers", site, &self, "without launch bounds, threads and blocks, the compiler ignores setmaxnreg");
+    return report("registers", site, &self,
+                  "without launch bounds, threads and blocks, the compiler ignores setmaxnreg");
   if (!gather(site, g)) return;
   if (more ? count < g.registers : count > g.registers) {
     report("registers", site, &self, "setmaxnreg.%s to %u, from %u", more ? "inc" : "dec", count, g.registers);
