@@ -182,6 +182,17 @@ def test_boxes_that_no_map_describes():
     assert kinds(launch) == {"deadlock"} and "lacks 0 arrivals and 512 bytes" in launch.reports[0].text
 
 
+@pytest.mark.exhaustive
+def test_planted_map_that_is_not_a_grid_constant(tmp_path):
+    """The compiler copies such a parameter to local memory, where the copy engine cannot read it."""
+    shutil.copy(SAMPLES / "sm90.cuh", tmp_path)
+    text = (SAMPLES / "wgmma_tile.cu").read_text()
+    assert text.count("const __grid_constant__ Map b") == 1
+    (tmp_path / "kernel.cu").write_text(text.replace("const __grid_constant__ Map b", "Map b"))
+    case = WgmmaTile(module=Module(compile_ptx(tmp_path / "kernel.cu", "sm_90a")))
+    assert "bounds" in kinds(case.launch(check=False))
+
+
 def test_a_box_reads_what_was_never_written():
     x = np.full((8, 32), np.nan, np.float32)
     assert kinds(launch_box(x, mode="trace", uninitialised=(0,))) == {"uninitialised"}
@@ -232,7 +243,9 @@ def test_traffic_of_copies():
     assert {each.space for each in traffic} == {"global"}
     loads = [each for each in traffic if "complete_tx" in each.instruction]
     stored = next(each for each in traffic if "bulk_group" in each.instruction)
-    assert sum(each.bytes for each in loads) == 2 * case.b.nbytes + 2 * case.a.nbytes  # two blocks, two tiles of columns
+    assert (
+        sum(each.bytes for each in loads) == 2 * case.b.nbytes + 2 * case.a.nbytes
+    )  # two blocks, two tiles of columns
     assert stored.bytes == case.y.nbytes and stored.requests == 2 * 100
     assert all(each.least_sectors <= each.sectors <= each.least_sectors * 1.5 for each in traffic)
 

@@ -310,7 +310,8 @@ class Module:
 
         Args:
             args: arrays (passed as pointers, any strides), NumPy scalars, None for a null pointer, and for structures
-                passed by value a tuple of these, a `Structure`, a `np.void` or a `ctypes.Structure`.
+                passed by value a tuple of these, a `Structure` (:func:`map_of` makes one of a tensor map), a `np.void`
+                or a `ctypes.Structure`.
             shared_bytes: dynamic shared memory.
             seed: order of blocks, warps and lanes, and the moment asynchronous copies land; 0 is ascending and latest.
             timeout: seconds until the watchdog ends the launch.

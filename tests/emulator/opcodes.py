@@ -647,6 +647,14 @@ def reduce_lanes(site: Site) -> str:
     return site.write(f"reduce_lanes<{code}>({site.here}, {site.read(1, kind)}, {site.read(2, 'u32')})")
 
 
+@opcode("elect")
+def elect(site: Site) -> str:
+    site.need("sync")
+    mask = site.read(1, "u32")
+    code = f"const u32 m = {mask}, leader = u32(std::countr_zero(m)); ballot({site.here}, true, m); "
+    return code + site.write_pair("leader", "(self.lane == leader)", "u32")
+
+
 @opcode("activemask")
 def active(site: Site) -> str:
     site.need("b32")
@@ -737,11 +745,3 @@ def mbarrier(site: Site) -> str:
     phase = site.read(2, "u32" if parity else "u64")  # a fourth operand limits how long to wait
     waits = str(action == "try_wait").lower()
     return site.write(f"mbarrier_test({site.here}, {site.address(1)}, {phase}, {str(parity).lower()}, {waits})")
-
-
-@opcode("elect")
-def elect(site: Site) -> str:
-    site.need("sync")
-    mask = site.read(1, "u32")
-    code = f"const u32 m = {mask}, leader = u32(std::countr_zero(m)); ballot({site.here}, true, m); "
-    return code + site.write_pair("leader", "(self.lane == leader)", "u32")

@@ -33,17 +33,14 @@ from .warpgroup import sums_of
 REDZONE = 1024  # bytes between shared arrays, so that one index too many falls between them
 STACK = 96 * 1024  # bytes for the compiler's own use, on top of local arrays and registers
 
-ENGINES = 96  # of a block: mbarriers that copies count on, warpgroups, two of each thread that stores in bulk
+ENGINES = 96  # of a cluster: mbarriers that copies count on, warpgroups, two of each thread that stores in bulk
 
 INTEGERS = {f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)}
 
 SPECIAL = {f"%{name}.{axis}": f"{name}.{axis}" for name in ("ntid", "nctaid") for axis in "xyz"}
 SPECIAL |= {f"%{name}.{axis}": f"self.{name}.{axis}" for name in ("tid", "ctaid") for axis in "xyz"}
-SPECIAL |= {
-    "%laneid": "self.lane",
-    "%warpid": "(self.warp % block_warps)",
-    "%dynamic_smem_size": "dynamic_shared_bytes",
-}
+SPECIAL |= {"%laneid": "self.lane", "%warpid": "(self.warp % block_warps)"}
+SPECIAL |= {"%dynamic_smem_size": "dynamic_shared_bytes"}
 SPECIAL |= dict.fromkeys(("%cluster_ctarank", "%cluster_ctaid.x"), "self.rank")
 SPECIAL |= dict.fromkeys(("%cluster_nctarank", "%cluster_nctaid.x"), "cluster_size")
 SPECIAL |= {"%clusterid.x": "(self.ctaid.x / cluster_size)", "%nclusterid.x": "(nctaid.x / cluster_size)"}
