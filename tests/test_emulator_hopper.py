@@ -592,6 +592,7 @@ RUN = {
         {"pending"},
     ),
     "no engine fence": ((READY.replace("fence.proxy.async;", ""), *RIGHT[1:]), {"fence"}),
+    "another engine fence": ((READY.replace("proxy.async;", "proxy.async.global;"), *RIGHT[1:]), {"fence"}),
     "the reader's engine fence": (
         (READY.replace("fence.proxy.async; bar.sync 0;", "bar.sync 0; fence.proxy.async;"), *RIGHT[1:]), set(),
     ),

@@ -84,7 +84,9 @@ def prefetch(site: Site) -> str:
 
 @opcode("fence.proxy.async")
 def fence(site: Site) -> str:
-    site.take("global", "shared::cta", "shared::cluster")
+    if site.take("global"):  # what threads write to global memory counts as theirs until the launch ends
+        return ";"
+    site.take("shared::cta", "shared::cluster")
     return "fence_async(self);"
 
 
