@@ -5,10 +5,11 @@
 
 Mode "plain" computes and checks bounds, barriers and time. Mode "trace" also finds races within and between blocks,
 uninitialised reads and reads of copies that are still under way, and counts memory transactions. A launch that has
-something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector).
+something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector); for
+sm_90 tensor_map.py and tensor_copies.cpp (the copy engine), warpgroup.cpp (wgmma), lint.py (what only the text shows).
 
-Not there, and an error: textures, clusters, tensor-memory copies, wgmma. Flags passed between threads through memory,
-without a barrier, order nothing for the detector.
+Not there, and an error: textures, clusters along y and z, boxes in im2col order, products of 8-bit numbers.
+Flags passed between threads through memory, without a barrier, order nothing for the detector.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ from . import build, cache, nvrtc
 from .nvrtc import CompileError, compile_cubin, compile_ptx
 from .opcodes import UnsupportedError
 from .ptx import PtxError
+from .tensor_map import Swizzle, TensorMapError, encode
 from .translate import KernelInfo, translated
 
 __all__ = [
@@ -35,11 +37,14 @@ __all__ = [
     "PtxError",
     "Report",
     "Structure",
+    "Swizzle",
+    "TensorMapError",
     "Traffic",
     "UnsupportedError",
     "cache",
     "compile_cubin",
     "compile_ptx",
+    "map_of",
     "missing",
 ]
 
@@ -68,11 +73,18 @@ class Structure:
     pack: Callable[[tuple[int, ...]], bytes]
 
 
+def map_of(array: np.ndarray, *terms, **more) -> Structure:
+    """A tensor map of an array, for a launch; further arguments as :func:`tensor_map.encode`."""
+    return Structure((array,), lambda addresses: encode(*addresses, *terms, **more))
+
+
 @dataclass(frozen=True)
 class Report:
     """Something wrong, at its first occurrence."""
 
-    kind: str  # race bounds uninitialised pending divergence deadlock hang alignment read-only barrier trap launch
+    # race bounds uninitialised pending fence divergence deadlock hang alignment read-only barrier copy registers trap
+    # launch
+    kind: str
     place: str
     text: str
     count: int
@@ -144,6 +156,7 @@ class _Request(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
         ("parameters", ctypes.c_void_p),
+        ("parameter_bytes", ctypes.c_uint64),
         ("extents", ctypes.POINTER(_Extent)),
         ("extent_count", ctypes.c_uint64),
         ("shadow_cells", ctypes.c_uint64),
@@ -297,7 +310,8 @@ class Module:
 
         Args:
             args: arrays (passed as pointers, any strides), NumPy scalars, None for a null pointer, and for structures
-                passed by value a tuple of these, a `Structure`, a `np.void` or a `ctypes.Structure`.
+                passed by value a tuple of these, a `Structure` (:func:`map_of` makes one of a tensor map), a `np.void`
+                or a `ctypes.Structure`.
             shared_bytes: dynamic shared memory.
             seed: order of blocks, warps and lanes, and the moment asynchronous copies land; 0 is ascending and latest.
             timeout: seconds until the watchdog ends the launch.
@@ -305,7 +319,7 @@ class Module:
             poisoned: tells of an array whether its words of all ones have never been written, and must be before they
                 are read.
             blocks: the blocks to run, as indices into the grid with x fastest; all by default. A grid of 2^31 blocks
-                takes no memory, only time.
+                takes no memory, only time. Of a cluster all blocks run.
             check: raise when there is something to report.
 
         Raises:
@@ -319,33 +333,39 @@ class Module:
         if name not in self.kernels:
             names = ", ".join(self.kernels)
             raise ValueError(f"`name` must be a kernel of the module: {names}. Received: name={name!r}")
-        count = math.prod(grid)
+        count, cluster = math.prod(grid), self.kernels[name].cluster
+        if grid[0] % cluster:
+            raise ValueError(f"`grid` must be clusters of {cluster} blocks along x. Received: grid={grid}")
         if blocks is not None and not all(0 <= block < count for block in blocks):
             raise ValueError(f"`blocks` must lie in the grid of {count}. Received: blocks={list(blocks)}")
         cell = self.translation.cell_bytes
         memory = _Memory({i: _arrays(value) for i, value in enumerate(args)}, uninitialised, poisoned, cell)
-        chosen = (ctypes.c_uint64 * len(blocks or ()))(*(blocks or ()))
+        clusters = list(dict.fromkeys(block // cluster for block in blocks or ()))
+        chosen = (ctypes.c_uint64 * len(clusters))(*clusters)
         request = _Request(
             list(self.kernels).index(name),
             grid,
             block,
             shared_bytes,
             None,
+            0,
             memory.extents,
             len(memory.extents),
             memory.cells,
             None if blocks is None else chosen,
-            len(chosen) if blocks is not None else count,
+            len(chosen) if blocks is not None else count // cluster,
             seed,
             timeout,
         )
         parameters = self._parameters(name, args, memory)
         request.parameters = ctypes.addressof(parameters)
+        request.parameter_bytes = len(parameters)
         library = self._library(mode)
         with _one_launch:
             text = library.emulator_launch(ctypes.byref(request)).decode()
         memory.copy_back()
         launch = self._read(text)
+        launch.reports.extend(self._report(kind, site, message) for kind, site, message in self.kernels[name].findings)
         if check and launch.reports:
             raise EmulationError(name, launch)
         return launch
@@ -363,14 +383,16 @@ class Module:
             data[parameter.offset : parameter.offset + parameter.size] = packed
         return ctypes.create_string_buffer(bytes(data), end)
 
+    def _report(self, kind: str, site: int, message: str, count: int = 1) -> Report:
+        return Report(kind, self.translation.sites[site].place if site >= 0 else "launch", message, count)
+
     def _read(self, text: str) -> Launch:
         launch = Launch()
         for line in text.splitlines():
             row, *fields = line.split("\t")
             if row == "report":
                 kind, site, count, message = fields
-                place = self.translation.sites[int(site)].place if int(site) >= 0 else "launch"
-                launch.reports.append(Report(kind, place, message, int(count)))
+                launch.reports.append(self._report(kind, int(site), message, int(count)))
             else:
                 spot, numbers = self.translation.sites[int(fields[0])], map(int, fields[2:])
                 launch.traffic.append(Traffic(spot.place, spot.line, spot.instruction, fields[1], *numbers))
