@@ -19,23 +19,28 @@
 //                one of a warp that adds this step's product to WM x WN sums. Half of the warps of every scheduler
 //                begin with the one, half with the other, so that both units have work.
 //
-// Shared memory   two stages of  zs [BM][BK]   ws [BK][BN]   (mma.cuh: xs is zs, swizzled); at the end the tile of y;
-//   behind them  places [BM / TP].  Row j * GROUPS + g of zs is output j of group g: neighbouring groups are
-//   neighbouring rows, which the swizzle keeps in different banks. Channels behind the last are zero in zs and ws.
-//   One barrier a step.
+// Shared memory   two stages of  zs [BM][BK]   ws [BK][BN]   (mma.cuh: xs is zs, swizzled); at the end the tile of y
+//   places [BM / TP]; if STAGED, two stages of  xs [rows][BK]: all inputs of the tile, which lie in `rows` positions of
+//   x one after the other, padding aside. Otherwise inputs are read from x itself, once a tap or window.
+//   Row j * GROUPS + g of zs is output j of group g: neighbouring groups are neighbouring rows, which the swizzle keeps
+//   in different banks. Channels behind the last are zero in zs and ws. Copies of w run one step ahead, those of x two;
+//   one barrier a step.
 
 #include "depthwise.cuh"
 #include "mma.cuh"
 
 // Set by the plan, besides those of mma.cuh: ACTIVATION   MULTIPLIER   MIN_BLOCKS
+//   UNIT 1 for an innermost dilation of 1
 //   VEC channels of z that a thread has, XV of x that they read   TP outputs of it   SG   KC taps at a time, KT left over
-//   VECW, VECY elements of an access to w and y
+//   STAGED   VECX, VECW, VECY elements of an access to x where it is staged, w and y
 static_assert(sizeof(E) == 2, "the sums of z are rounded to what tensor cores multiply");
 static_assert(VEC % XV == 0, "a multiplier repeats whole channels");
 constexpr int GROUPS = BM / TP;
 constexpr int VECTORS_K = BK / VEC;
 constexpr int VECTORS_N = BN / VECW;
 constexpr int W_STEP = THREADS / VECTORS_N;  // rows of w from one copy of a thread to its next
+constexpr int VECTORS_X = BK / VECX;
+static_assert(!STAGED || (VECX > 1 && BK * sizeof(E) == 128 && MULTIPLIER == 1), "rows of xs fill the banks");
 static_assert(BM % TP == 0 && BK % VEC == 0, "whole groups and vectors");
 static_assert(VECTORS_N <= THREADS && THREADS % VECTORS_N == 0 && BK % W_STEP == 0, "threads share the copies of w");
 constexpr int Y_PITCH = BN + 8;  // the padding spreads what a warp writes over the banks
@@ -47,6 +52,7 @@ struct Params {
   const E* bias;  // null: none
   E* y;
   Index groups, tiles_n;
+  Index inputs, rows;               // positions of x, and those of a tile
   Index channels, middle, filters;  // C, C*M, F
   Index phases, row_groups;         // of the innermost axis; row_groups: of one row
   Index outer, chunks;              // taps of the other axes together; KC taps of the innermost
@@ -56,11 +62,12 @@ struct Params {
 
 // Where a group reads and writes.
 struct Place {
-  Index from, at[RANK];  // index of x and coordinates of the input that tap 0 of its first output reads
+  Index from, at[RANK];  // the position of x, as index and coordinates, that tap 0 of its first output reads
   Index to, outputs;     // index of y of that output; outputs that exist
 };
 
 constexpr int PLACES_AT = larger(2 * STAGE_BYTES, BM * Y_PITCH * int(sizeof(E)));
+constexpr int XS_AT = ceil_div(PLACES_AT + GROUPS * int(sizeof(Place)), 128) * 128;
 
 __device__ __forceinline__ Place place_of(Index group, const Params& p) {
   constexpr int LAST = RANK - 1;
@@ -77,17 +84,33 @@ __device__ __forceinline__ Place place_of(Index group, const Params& p) {
   place.outputs = (p.out[LAST] - at[LAST] + p.phases - 1) / p.phases;
 #pragma unroll
   for (int a = 0; a < RANK; ++a) place.at[a] = at[a] * p.stride[a] - p.pad[a];
-  place.from = (b * volume(p.in) + linear(place.at, p.in)) * p.channels;
+  place.from = b * volume(p.in) + linear(place.at, p.in);
   if (group >= p.groups) place.at[0] = NOWHERE, place.outputs = 0;
   return place;
 }
 
 // ---- depthwise --------------------------------------------------------------------------------------------------
 
-// acc += N taps of a row of x; `from` and `at`, its coordinate, are those of tap 0 of the first output.
+// Elements from one position to the next where inputs are read, and positions from one tap to the next.
+__device__ __forceinline__ Index pitch(const Params& p) { return STAGED ? BK : p.channels; }
+__device__ __forceinline__ Index spacing(const Params& p) { return UNIT ? 1 : p.dilation[RANK - 1]; }
+
+// XV channels of one; zeros where `inside` does not hold.
+template <bool WHOLE>
+__device__ __forceinline__ Vector<E, XV> input(const E* from, bool inside) {
+  if constexpr (!STAGED) return WHOLE ? load<XV>(from) : load_or_zero<XV>(from, inside);
+  using Word = typename word_of<sizeof(E) * XV>::type;
+  Word word{};
+  if (WHOLE || inside) word = *reinterpret_cast<const Word*>(from);
+  Vector<E, XV> v;
+  memcpy(&v, &word, sizeof v);
+  return v;
+}
+
+// acc += N taps of a row of inputs; `from` and `at`, its coordinate, are those of tap 0 of the first output.
 template <int N, bool WHOLE>
 __device__ __forceinline__ void add_taps(S (&acc)[TP][VEC], const E* from, Index at, const E* taps, const Params& p) {
-  const Index dilation = p.dilation[RANK - 1], step = dilation * p.channels;
+  const Index dilation = spacing(p), step = dilation * pitch(p);
   S w[N][VEC];
 #pragma unroll
   for (int r = 0; r < N; ++r) widen_vector(w[r], load<VEC>(taps + r * p.middle));
@@ -97,7 +120,7 @@ __device__ __forceinline__ void add_taps(S (&acc)[TP][VEC], const E* from, Index
   for (int k = 0; k < (APART ? TP * N : (TP - 1) * SG + N); ++k) {
     const int i = APART ? k / N * SG + k % N : k;
     S x[XV];
-    widen_vector(x, WHOLE ? load<XV>(from) : load_or_zero<XV>(from, within(at, p.in[RANK - 1])));
+    widen_vector(x, input<WHOLE>(from, within(at, p.in[RANK - 1])));
     const int next = APART && (k + 1) % N == 0 ? SG - (N - 1) : 1;
     from += next * step;
     at += next * dilation;
@@ -109,12 +132,12 @@ __device__ __forceinline__ void add_taps(S (&acc)[TP][VEC], const E* from, Index
 template <int N>
 __device__ __forceinline__ void add_taps(S (&acc)[TP][VEC], const E* from, Index at, const E* taps, const Params& p) {
   constexpr int LAST = (TP - 1) * SG + N - 1;
-  if (at >= 0 && at + LAST * p.dilation[RANK - 1] < p.in[RANK - 1]) add_taps<N, true>(acc, from, at, taps, p);
+  if (at >= 0 && at + LAST * spacing(p) < p.in[RANK - 1]) add_taps<N, true>(acc, from, at, taps, p);
   else add_taps<N, false>(acc, from, at, taps, p);
 }
 
-// Fills zs with the channels from k0 on.
-__device__ __forceinline__ void fill(unsigned char* zs, const Place* places, Index k0, const Params& p) {
+// Fills zs with the channels from k0 on, out of xs or of x.
+__device__ __forceinline__ void fill(unsigned char* zs, const E* xs, const Place* places, Index k0, const Params& p) {
 #pragma unroll 1
   for (int item = threadIdx.x; item < GROUPS * VECTORS_K; item += THREADS) {
     const int g = item / VECTORS_K, slot = item % VECTORS_K * VEC;
@@ -123,19 +146,21 @@ __device__ __forceinline__ void fill(unsigned char* zs, const Place* places, Ind
     if (k < p.middle) {
       const Place& place = places[g];
       const E* taps = p.taps + k;
+      const E* base = STAGED ? xs + (place.from - places[0].from) * BK + slot
+                             : p.x + (place.from * p.channels + k / MULTIPLIER);
       Index reach[RANK] = {};
       for (Index t = 0; t < p.outer; ++t) {
         bool inside = true;
 #pragma unroll
         for (int a = 0; a < RANK - 1; ++a) inside = inside && within(place.at[a] + reach[a], p.in[a]);
-        const E* from = p.x + (place.from + linear(reach, p.in) * p.channels + k / MULTIPLIER);
+        const E* from = base + linear(reach, p.in) * pitch(p);
         const E* row = taps;
         Index at = place.at[RANK - 1];
         if (inside) {
           for (Index chunk = 0; chunk < p.chunks; ++chunk) {
             add_taps<KC>(acc, from, at, row, p);
-            from += KC * p.dilation[RANK - 1] * p.channels;
-            at += KC * p.dilation[RANK - 1];
+            from += KC * spacing(p) * pitch(p);
+            at += KC * spacing(p);
             row += KC * p.middle;
           }
           if constexpr (KT > 0) add_taps<KT>(acc, from, at, row, p);
@@ -166,11 +191,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) separable(cons
   const Index n0 = Index(blockIdx.x) % p.tiles_n * BN;           // first filter
   const Index group0 = Index(blockIdx.x) / p.tiles_n * GROUPS;  // first group
 
-  // 1. Stage: weights from global to shared memory.
+  // 1. Stage: from global to shared memory.
   const int w_row = thread / VECTORS_N, w_column = thread % VECTORS_N * VECW;
   Index w_left = n0 + w_column < p.filters ? p.middle - w_row : 0;  // rows of w from this thread's first one on
   const E* w_from = p.w + (w_row * p.filters + n0 + w_column);
-  const auto fetch = [&](int stage) {
+  const auto fetch_w = [&](int stage) {
 #pragma unroll
     for (int i = 0; i < BK / W_STEP; ++i) {
       unsigned char* to = memory + stage + X_BYTES + swizzle<W_ROW>(w_row + i * W_STEP, w_column * int(sizeof(E)));
@@ -179,18 +204,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) separable(cons
       if constexpr (VECW > 1) ptx::copy_async<VECW * sizeof(E)>(ptx::shared_address(to), from, inside);
       else store(reinterpret_cast<E*>(to), load_or_zero<1>(from, inside));
     }
-    ptx::copy_async_commit();
     w_from += BK * p.filters;
     w_left -= BK;
   };
+  // The channels from k on; where there are none it copies nothing.
+  const auto fetch_x = [&](E* xs, Index k) {
+    if constexpr (STAGED) {
+      const Index channel = k + thread % VECTORS_X * VECX;
+      if (k >= p.middle) return;
+      for (int row = thread / VECTORS_X; row < p.rows; row += THREADS / VECTORS_X) {
+        const Index at = places[0].from + row;
+        const bool inside = within(at, p.inputs) && channel < p.channels;
+        const E* from = p.x + (at * p.channels + channel);
+        ptx::copy_async<VECX * sizeof(E)>(ptx::shared_address(xs + row * BK + (channel - k)), from, inside);
+      }
+    }
+  };
 
   // 2. Multiply-accumulate: the product of one step, and z of the next.
-  const Warp own(thread);
-  float acc[TM][TN][4] = {};
-  fetch(0);
   for (int g = thread; g < GROUPS; g += THREADS) places[g] = place_of(group0 + g, p);
   __syncthreads();
-  fill(memory, places, 0, p);
+  E* xs = reinterpret_cast<E*>(memory + XS_AT);         // inputs of the step whose z is summed next
+  E* xs_ahead = xs + (STAGED ? int(p.rows) * BK : 0);  // and of the one after it
+  fetch_x(xs, 0);
+  ptx::copy_async_commit();
+  fetch_w(0);
+  fetch_x(xs_ahead, BK);
+  ptx::copy_async_commit();
+  ptx::copy_async_wait<1>();
+  if (STAGED) __syncthreads();
+  fill(memory, xs, places, 0, p);
+  const Warp own(thread);
+  float acc[TM][TN][4] = {};
   const int first = (thread / 32 + thread / 128) % 2;  // warps that are 4 apart share a scheduler
   int stage = 0;
   for (Index k = BK;; k += BK) {
@@ -198,18 +243,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) separable(cons
     __syncthreads();
     const bool more = k < p.middle;
     const int ahead = STAGE_BYTES - stage;
-    if (more) fetch(ahead);
+    if (more) {
+      fetch_w(ahead);
+      fetch_x(xs, k + BK);
+      ptx::copy_async_commit();
+    }
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       if (half == first) {
         multiply<E>(acc, memory, stage, own);
       } else if (more) {
-        fill(memory + ahead, places, k, p);
+        fill(memory + ahead, xs_ahead, places, k, p);
         __syncwarp();
       }
     }
     if (!more) break;
     stage = ahead;
+    E* const filled = xs;
+    xs = xs_ahead, xs_ahead = filled;
   }
 
   // 3. Epilogue: bias and activation in registers, then through shared memory to whole vectors of y.

@@ -39,9 +39,9 @@ SMALL = (32, 64, 16, 32, 128)  # the least work for the emulator
 
 
 @contextmanager
-def only(tile=SMALL, outputs=None):
-    """Plans find no other tile than this one, and no other groups."""
-    names = {"TILES": (tile,), **({} if outputs is None else {"OUTPUTS": (outputs,)})}
+def only(tile=SMALL, shares=separable.SHARES, staged=separable.STAGED):
+    """Plans find no other tile than this one, and no other shares of threads."""
+    names = {"TILES": (tile,), "SHARES": shares, "STAGED": staged}
     plan_separable.cache_clear()
     try:
         with mock.patch.multiple(separable, **names):
@@ -112,5 +112,8 @@ PROBLEMS = (
 @emulated
 @pytest.mark.parametrize("x, taps, filters, options", PROBLEMS)
 def test_problem(x, taps, filters, options):
-    with only():
-        Case(x, taps, filters, "bfloat16", **options).check(trace())
+    for staged in (False, True):
+        with only(staged=(staged, False)):
+            runtime = trace()
+            Case(x, taps, filters, "bfloat16", **options).check(runtime)
+            print(staged, runtime.launches[-1].reason)

@@ -8,8 +8,8 @@ warps compute at the same time. It takes as long as the slowest of
 * instructions: four a cycle, counted from the kernel;
 * shared memory and L1: fragments, copies, and every vector of x and of the taps, 128 bytes a cycle;
 
-of all blocks that a multiprocessor holds, or as long as one block alone: its warps compute what they have loaded. Before
-the first step and behind the last one a block has nothing that overlaps. A launch takes as long as its busiest
+of all blocks that a multiprocessor holds, or as long as one block alone: its warps compute what they have loaded.
+Before the first step and behind the last one a block has nothing that overlaps. A launch takes as long as its busiest
 multiprocessor, or as the memory or the L2 cache.
 """
 
@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.conv import plan_conv
@@ -42,26 +43,28 @@ from cuconv.plan.types import (
     vector,
 )
 
-# Rows, columns of a block's tile, then of a warp's, bytes of a step in a row; from large to small. Tiles of 256 filters
-# do the depthwise sums of as many only once; their warps of 64 x 64 read the least from shared memory.
+# Rows, columns of a block's tile, then of a warp's, bytes of a step in a row; from large to small. Tiles of as many
+# filters as there are do the depthwise sums once; warps of 64 x 64 read the least from shared memory.
 TILES: tuple[tuple[int, int, int, int, int], ...] = (
     (128, 256, 64, 64, 128),  # 8 warps, 128 sums a thread
     (64, 256, 64, 64, 128),  # 4 warps
-    (128, 256, 64, 64, 64),
+    (64, 512, 64, 64, 128),  # 8 warps
     (64, 256, 64, 64, 64),
     (64, 256, 32, 64, 128),  # 8 warps, 64 sums a thread
     (128, 128, 64, 32, 128),
     (64, 128, 32, 32, 128),
-    (32, 256, 32, 64, 64),  # 4 warps
-    (64, 64, 32, 32, 128),
+    (64, 64, 32, 32, 128),  # 4 warps
     (128, 32, 32, 32, 64),
     (32, 64, 16, 32, 128),
 )
-OUTPUTS = (4, 8, 2, 1)  # of a group
+# Outputs of a group and channels of z that a thread has at most.
+SHARES = ((8, 4), (4, 8), (4, 4), (2, 8), (1, 8))
+STAGED = (True, False)  # whether inputs pass through shared memory
+STAGED_BYTES = 128  # of a step in a row, of tiles that stage x: rows of xs then fill the banks
 MOST_TAPS = 5  # at a time, whose weights wait in registers
-REGISTERS_OF_INDICES = 44  # beside sums, weights, fragments and loads; ptxas reports at most this many
+REGISTERS_OF_INDICES = 44  # beside sums, weights, fragments and loads
 ISSUE_SHARE = 0.85  # of the issue slots those that a warp scheduler finds something for
-MEMORY_CYCLES = 700  # from a load to its value
+MEMORY_CYCLES, SHARED_CYCLES = 700, 100  # from a load to its value, and a barrier
 CHOICE_FACTOR = 1.02  # a tile listed earlier is taken unless another one is predicted to be this much faster
 
 
@@ -90,53 +93,21 @@ def plan_separable(
         aligned: elements by which x, both kernels and y lie behind a 16-byte boundary.
     """
     depthwise = plan_depthwise(shape, dtype, "linear", (aligned[0], aligned[1], 0), limits)
-    mixing = plan_conv(pointwise_shape(shape, filters), dtype, activation, (0, aligned[2], aligned[3]), limits)
-    pair = _seconds(depthwise) + _seconds(mixing)
     try:
         fused = plan_fused(shape, filters, dtype, activation, aligned, limits)
     except PlanError as error:
         return SeparablePlan(None, _rejecting(depthwise, str(error)))
+    pointwise = plan_conv(pointwise_shape(shape, filters), dtype, activation, (0, *aligned[2:]), limits)
+    pair = _seconds(depthwise) + _seconds(pointwise)
     if _seconds(fused) < pair:
         return SeparablePlan(_rejecting(fused, f"two launches: {pair * 1e6:.1f} us predicted"), depthwise)
-    return SeparablePlan(None, _rejecting(depthwise, f"separable: {_seconds(fused) * 1e6:.1f} us predicted"))
+    return SeparablePlan(None, _rejecting(depthwise, f"{fused.reason}: {_seconds(fused) * 1e6:.1f} us predicted"))
 
 
 def pointwise_shape(shape: ConvShape, filters: int) -> ConvShape:
     """The pointwise convolution behind the depthwise `shape`."""
     ones, none, sizes = (1,) * shape.rank, (0,) * shape.rank, shape.out_size
     return ConvShape(shape.batch, sizes, sizes, shape.filters, filters, ones, ones, ones, none, 1, shape.data_format)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A tile and a group that fit, and what they cost."""
-
-    bm: int
-    bn: int
-    wm: int
-    wn: int
-    bk: int
-    outputs: int  # of a group
-    vec: int  # channels of z that a thread has
-    taps: int  # at a time
-    row_groups: int
-    phases: int
-    groups: int
-    blocks: int
-    tiles_n: int
-    registers: int
-    min_blocks: int
-    shared_bytes: int
-    cost: Cost
-    bound: str
-
-    @property
-    def threads(self) -> int:
-        return self.bm // self.wm * (self.bn // self.wn) * WARP
-
-    def __str__(self) -> str:
-        tile = f"tile {self.bm}x{self.bn}x{self.bk}, {self.wm}x{self.wn} a warp"
-        return f"separable, {tile}, {self.outputs} outputs of {self.vec} channels a thread, {self.taps} taps at a time"
 
 
 def plan_fused(
@@ -148,89 +119,60 @@ def plan_fused(
         PlanError: it does not compute this problem.
     """
     _require(shape, filters, dtype, limits)
-    element = ELEMENTS[dtype]
-    rank, multiplier, middle = shape.rank, shape.depth_multiplier, shape.filters
-    widest = vector(element.bytes, middle, aligned[1])
-    vector_w = vector(element.bytes, filters, aligned[2])
-    found = []
-    for tile in TILES:
-        for outputs in OUTPUTS:
-            for vec in (widest, widest // 2):
-                if vec and _source_width(vec, multiplier, aligned[0]):
-                    found.append(
-                        _candidate(
-                            tile, outputs, vec, vector_w, shape, filters, element, activation, aligned[0], limits
-                        )
-                    )
-    fitting = [each for each in found if each is not None]
-    if not fitting:
-        raise PlanError(f"separable: no tile fits {limits.name}")
-    least = min(each.cost.seconds for each in fitting)
-    best = next(each for each in fitting if each.cost.seconds <= CHOICE_FACTOR * least)
-    others = sorted((each for each in fitting if each is not best), key=lambda each: each.cost.seconds)
-
-    inner = shape.kernel_size[-1]
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    y_size = shape.batch * math.prod(shape.out_size) * filters
-    # Behind the last output of a group, group of a tile and channel of a step, indices are computed all the same.
-    ahead = best.outputs * best.phases
-    ends = [
-        (n + (p + ahead) * s + 2 * k_eff + pad) * d
-        for n, p, s, k_eff, pad, d in zip(
-            shape.in_size,
-            shape.out_size,
-            shape.strides,
-            shape.k_eff,
-            shape.pad_before,
-            shape.dilation_rate,
-            strict=True,
-        )
+    problem = _Problem(shape, filters, ELEMENTS[dtype], activation, aligned, limits)
+    found = [
+        candidate
+        for tile in TILES
+        for outputs, vec in problem.shares
+        for staged in STAGED
+        if (candidate := _candidate(problem, tile, outputs, vec, staged)) is not None
     ]
-    rows = math.prod(shape.in_size[1:]) * max(ends) * shape.in_channels
-    width = index_bytes(
-        2 * (x_size + rows),
-        2 * y_size + ahead * filters,
-        (math.prod(shape.kernel_size) + inner) * middle,
-        (middle + 2 * best.bk) * filters + best.bn,
-        best.groups + best.bm,
-        *(4 * end for end in ends),
-    )
-    constants: tuple[tuple[str, int | str], ...] = (
-        ("ELEMENT", element.c_type),
-        ("INDEX", "int" if width == 4 else "long long"),
-        ("RANK", rank),
-        ("ACTIVATION", ACTIVATION_CODES[activation]),
-        ("MULTIPLIER", multiplier),
-        ("BM", best.bm),
-        ("BN", best.bn),
-        ("BK", best.bk),
-        ("WM", best.wm),
-        ("WN", best.wn),
-        ("PRECISION", 0),
-        ("MIN_BLOCKS", best.min_blocks),
-        ("VEC", best.vec),
-        ("XV", _source_width(best.vec, multiplier, aligned[0])),
-        ("TP", best.outputs),
-        ("SG", _step(shape) if best.outputs > 1 else 1),
-        ("KC", best.taps),
-        ("KT", inner % best.taps),
-        ("VECW", vector_w),
-        ("VECY", vector(element.bytes, filters, aligned[3])),
-    )
+    if not found:
+        raise PlanError(f"separable: no tile fits {limits.name}")
+    least = min(each.cost.seconds for each in found)
+    best = next(each for each in found if each.cost.seconds <= CHOICE_FACTOR * least)
+    others = sorted((each for each in found if each is not best), key=lambda each: each.cost.seconds)
     useful = 100 * best.cost.least_flops / max(1, best.cost.flops)
+    times = "once" if best.tiles_n == 1 else f"{best.tiles_n} times"
     return LaunchPlan(
         kernel="separable",
-        constants=constants,
+        constants=(
+            ("ELEMENT", problem.element.c_type),
+            ("INDEX", "int" if problem.index_bytes == 4 else "long long"),
+            ("RANK", shape.rank),
+            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            ("MULTIPLIER", problem.multiplier),
+            ("BM", best.bm),
+            ("BN", best.bn),
+            ("BK", best.bk),
+            ("WM", best.wm),
+            ("WN", best.wn),
+            ("PRECISION", 0),
+            ("MIN_BLOCKS", 1),
+            ("UNIT", int(shape.dilation_rate[-1] == 1)),
+            ("VEC", best.vec),
+            ("XV", problem.source_width(best.vec)),
+            ("TP", best.outputs),
+            ("SG", problem.step(best.outputs)),
+            ("KC", best.taps),
+            ("KT", problem.inner % best.taps),
+            ("STAGED", int(best.rows > 0)),
+            ("VECX", problem.vector_x),
+            ("VECW", problem.vector_w),
+            ("VECY", vector(problem.element.bytes, filters, aligned[3])),
+        ),
         integers=(
             best.groups,
             best.tiles_n,
+            problem.inputs,
+            best.rows,
             shape.in_channels,
-            middle,
+            shape.filters,
             filters,
             best.phases,
             best.row_groups,
-            math.prod(shape.kernel_size[:-1]),
-            inner // best.taps,
+            problem.outer,
+            problem.inner // best.taps,
             *shape.in_size,
             *shape.out_size,
             *shape.strides,
@@ -240,11 +182,11 @@ def plan_fused(
         ),
         grid=(best.blocks, 1, 1),
         block=(best.threads, 1, 1),
-        index_bytes=width,
+        index_bytes=problem.index_bytes,
         shared_bytes=best.shared_bytes,
         dynamic_shared_bytes=best.shared_bytes,
         registers=best.registers,
-        reason=f"{best}; {useful:.0f} % of its operations count, depthwise sums {best.tiles_n} times, {best.bound}",
+        reason=f"{best}; {useful:.0f} % of its operations count, depthwise sums {times}, {best.bound}",
         rejected=tuple(f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, {each.bound}" for each in others[:4]),
         cost=best.cost,
     )
@@ -262,47 +204,171 @@ def _require(shape: ConvShape, filters: int, dtype: str, limits: DeviceLimits) -
         raise PlanError("separable: an array without elements")
 
 
-def _source_width(vec: int, multiplier: int, aligned: int) -> int:
-    """Channels of x that `vec` channels of z read, as one access; 0 where that cannot be."""
-    if multiplier % vec == 0:
-        return 1
-    width, odd = divmod(vec, multiplier)
-    return 0 if odd or aligned % width else width
+@dataclass(frozen=True)
+class _Problem:
+    """A separable convolution as the kernel sees it."""
+
+    shape: ConvShape
+    filters: int
+    element: Element
+    activation: str
+    aligned: tuple[int, ...]
+    limits: DeviceLimits
+
+    @cached_property
+    def inner(self) -> int:
+        """Taps of the innermost axis."""
+        return self.shape.kernel_size[-1]
+
+    @cached_property
+    def outer(self) -> int:
+        """Taps of the other axes together."""
+        return math.prod(self.shape.kernel_size[:-1])
+
+    @cached_property
+    def multiplier(self) -> int:
+        """Channels of z that an input channel makes."""
+        return self.shape.depth_multiplier
+
+    @cached_property
+    def inputs(self) -> int:
+        """Positions of x, of all items."""
+        return math.prod((self.shape.batch, *self.shape.in_size))
+
+    @cached_property
+    def positions(self) -> int:
+        """Positions of y, of all items."""
+        return math.prod((self.shape.batch, *self.shape.out_size))
+
+    @cached_property
+    def reach(self) -> int:
+        """Positions of x from the first to the last that an output reads."""
+        shape = self.shape
+        return sum((k_eff - 1) * math.prod(shape.in_size[a + 1 :]) for a, k_eff in enumerate(shape.k_eff))
+
+    @cached_property
+    def vector_x(self) -> int:
+        """Elements of a copy of x."""
+        return vector(self.element.bytes, self.shape.in_channels, self.aligned[0])
+
+    @cached_property
+    def vector_w(self) -> int:
+        """Elements of a copy of w."""
+        return vector(self.element.bytes, self.filters, self.aligned[2])
+
+    @cached_property
+    def shares(self) -> tuple[tuple[int, int], ...]:
+        """SHARES, with as many channels as x and the taps can be accessed by."""
+        widest = vector(self.element.bytes, self.shape.filters, self.aligned[1])
+        while not self.source_width(widest):
+            widest //= 2
+        return tuple(dict.fromkeys((outputs, min(vec, widest)) for outputs, vec in SHARES))
+
+    def source_width(self, vec: int) -> int:
+        """Channels of x that `vec` channels of z read, as one access; 0 where that cannot be."""
+        if self.multiplier % vec == 0:
+            return 1
+        width, odd = divmod(vec, self.multiplier)
+        return 0 if odd or self.aligned[0] % width else width
+
+    def step(self, outputs: int) -> int:
+        """Inputs from one output of a group to the next, in units of the dilation."""
+        stride, dilation = self.shape.strides[-1], self.shape.dilation_rate[-1]
+        if outputs == 1:
+            return 1
+        return stride if self.inner == 1 else stride // math.gcd(stride, dilation)
+
+    def phases(self, outputs: int) -> int:
+        """Phases of the innermost axis."""
+        if outputs == 1 or self.inner == 1:
+            return 1
+        dilation = self.shape.dilation_rate[-1]
+        return int(min(self.shape.out_size[-1], dilation // math.gcd(self.shape.strides[-1], dilation)))
+
+    def rows(self, outputs: int, groups: int, row_groups: int) -> int:
+        """Positions of x from the first to the last that `groups` groups read; 0 where those are not in order."""
+        shape = self.shape
+        steps = [s * math.prod(shape.in_size[a + 1 :]) for a, s in enumerate(shape.strides)]
+        rows = (groups * outputs - 1) * steps[-1] + self.reach + 1
+        for a in range(shape.rank):
+            # From the last output of the axes from `a` on to the first of the next row, plane or item.
+            ends = sum((n - 1) * step for n, step in zip(shape.out_size[a:], steps[a:], strict=True))
+            jump = (steps[a - 1] if a else math.prod(shape.in_size)) - ends
+            if jump < 0:
+                return 0
+            jumps = -(-(groups - 1) // (row_groups * math.prod(shape.out_size[a:-1])))
+            rows += jumps * max(0, jump - steps[-1])
+        return rows
+
+    @cached_property
+    def index_bytes(self) -> int:
+        """Of the kernel's Index. Behind the last output, group and channel indices are computed all the same."""
+        shape, most = self.shape, max(tile[0] for tile in TILES)
+        ahead = max(outputs * self.phases(outputs) for outputs, _ in SHARES)
+        axes = zip(shape.in_size, shape.out_size, shape.strides, shape.k_eff, shape.dilation_rate, strict=True)
+        ends = [n + (p + ahead) * s + 2 * k_eff + MOST_TAPS * d for n, p, s, k_eff, d in axes]
+        behind = max(pad + end for pad, end in zip(shape.pad_before, ends, strict=True))
+        items = -(-most // (math.prod(shape.out_size))) + shape.batch
+        return index_bytes(
+            2 * (items * math.prod(shape.in_size) + behind * math.prod(shape.in_size[1:])) * shape.in_channels,
+            2 * (items * math.prod(shape.out_size) + ahead) * self.filters,
+            math.prod(shape.kernel_size) * 2 * shape.filters,
+            (shape.filters + 4 * most) * self.filters,
+            2 * behind,
+        )
 
 
-def _step(shape: ConvShape) -> int:
-    """Inputs from one output of a group to the next, in units of the dilation; 1 tap has no second to be away from."""
-    if shape.kernel_size[-1] == 1:
-        return shape.strides[-1]
-    return shape.strides[-1] // math.gcd(shape.strides[-1], shape.dilation_rate[-1])
+@dataclass(frozen=True)
+class _Candidate:
+    """A tile and a group that fit, and what they cost."""
+
+    bm: int
+    bn: int
+    bk: int
+    wm: int
+    wn: int
+    outputs: int  # of a group
+    vec: int  # channels of z that a thread has
+    taps: int  # at a time
+    phases: int
+    row_groups: int
+    groups: int
+    tiles_n: int
+    blocks: int
+    rows: int  # positions of x that are staged for a tile; 0: none are
+    registers: int
+    shared_bytes: int
+    cost: Cost
+    bound: str
+
+    @property
+    def threads(self) -> int:
+        return self.bm // self.wm * (self.bn // self.wn) * WARP
+
+    def __str__(self) -> str:
+        tile = f"tile {self.bm}x{self.bn}x{self.bk}, {self.wm}x{self.wn} a warp"
+        each = f"{self.outputs} outputs of {self.vec} channels a thread, {self.taps} taps at a time"
+        return f"separable, {tile}, {each}, inputs {f'of {self.rows} positions staged' if self.rows else 'not staged'}"
 
 
 def _candidate(
-    tile: tuple[int, int, int, int, int],
-    outputs: int,
-    vec: int,
-    vector_w: int,
-    shape: ConvShape,
-    filters: int,
-    element: Element,
-    activation: str,
-    aligned: int,
-    limits: DeviceLimits,
+    problem: _Problem, tile: tuple[int, int, int, int, int], outputs: int, vec: int, staged: bool
 ) -> _Candidate | None:
     """One tile and group with its cost, or None where they do not fit."""
     bm, bn, wm, wn, step_bytes = tile
-    bk = step_bytes // element.bytes
+    shape, filters, limits, bytes_ = problem.shape, problem.filters, problem.limits, problem.element.bytes
+    inner, outer, step = problem.inner, problem.outer, problem.step(outputs)
+    bk = step_bytes // bytes_
     warps = bm // wm * (bn // wn)
     threads = warps * WARP
-    inner, outer = shape.kernel_size[-1], math.prod(shape.kernel_size[:-1])
-    step = _step(shape) if outputs > 1 else 1
-    if bn // vector_w > threads or bm * bk < outputs * vec * threads or (step >= inner and outputs > 2):
-        return None
+    if bn // problem.vector_w > threads or (bn - wn >= filters and tile != TILES[-1]):
+        return None  # copies of w are not shared evenly, or warps have nothing to do
+    if bm * bk < outputs * vec * threads or (step >= inner and outputs > 2):
+        return None  # threads have nothing to do, or neighbours share no inputs
 
     # Groups.
-    length, dilation = shape.out_size[-1], shape.dilation_rate[-1] if inner > 1 else 1
-    phases = 1 if outputs == 1 else min(length, dilation // math.gcd(shape.strides[-1], dilation))
-    row_groups = phases * -(-(-(-length // phases)) // outputs)
+    phases = problem.phases(outputs)
+    row_groups = phases * math.ceil(math.ceil(shape.out_size[-1] / phases) / outputs)
     groups = shape.batch * math.prod(shape.out_size[:-1]) * row_groups
     tiles_n = -(-filters // bn)
     blocks = -(-groups * outputs // bm) * tiles_n
@@ -310,14 +376,22 @@ def _candidate(
         return None
 
     # Shared memory and registers; fewer taps at a time where those do not suffice.
-    place = (shape.rank + 3) * 8
-    shared = max(2 * (bm + bn) * bk, bm * (bn + RESULT_PADDING)) * element.bytes + bm // outputs * place
+    place = (shape.rank + 3) * problem.index_bytes
+    shared = max(2 * (bm + bn) * step_bytes, bm * (bn + RESULT_PADDING) * bytes_) + bm // outputs * place
+    rows = 0
+    if staged:
+        if step_bytes != STAGED_BYTES or problem.multiplier > 1 or problem.vector_x == 1 or phases > 1:
+            return None
+        rows = problem.rows(outputs, bm // outputs, row_groups)
+        if not rows:
+            return None
+        shared = -(-shared // STAGED_BYTES) * STAGED_BYTES + 2 * rows * step_bytes
     if shared > limits.shared_bytes:
         return None
-    x_vec = _source_width(vec, shape.depth_multiplier, aligned)
+    x_vec = problem.source_width(vec)
     sums, fragments = wm * wn // WARP, (wm // 16) * 4 + (wn // 8) * 2
     for taps in range(min(MOST_TAPS, inner), 0, -1):
-        loads = -(-x_vec * element.bytes // 4) * min(6, inputs_of(outputs, taps, step))
+        loads = -(-x_vec * bytes_ // 4) * min(6, inputs_of(outputs, taps, step))
         beside = max(fragments, (outputs + taps) * vec + loads)
         registers = -(-(sums + beside + REGISTERS_OF_INDICES) // 8) * 8
         if registers <= REGISTERS_PER_THREAD - 7:
@@ -334,67 +408,62 @@ def _candidate(
     tensor = 2 * bm * bn * bk / (limits.fp16_rate * share / limits.multiprocessors) * clock
     items = bm * bk // (outputs * vec)
     pieces = [(taps, inner // taps), *([(inner % taps, 1)] if inner % taps else [])]
-    x_loads = outer * sum(count * inputs_of(outputs, n, step) for n, count in pieces)
-    sum_instructions = x_loads * (3 + x_vec) + outer * inner * vec * (outputs + 1) + outer * (12 * len(pieces) + 20)
-    sum_instructions += outer * inner * 2 + outputs * (2 * vec + 3) + 40
+    x_loads = outer * sum(count * inputs_of(outputs, each, step) for each, count in pieces)
+    summed = x_loads * (x_vec + (2 if staged else 4)) + outer * inner * (3 + vec * (outputs + 1))
+    summed += outer * (10 * len(pieces) + 20) + outputs * (vec + 3) + 50
     products = wm // 16 * (wn // 8) * (bk // 16)
     fragment_loads = (wm // 16 + wn // 16) * (bk // 16)
-    copies = bk * bn // (vector_w * WARP)
-    issue = (items / WARP * sum_instructions + warps * (products + fragment_loads + 30) + 4 * copies) / 4 / ISSUE_SHARE
+    copies = 4 * bk * bn // (problem.vector_w * WARP) + 8 * rows * bk // (problem.vector_x * WARP)
+    issue = (items / WARP * summed + warps * (products + fragment_loads + 30) + copies) / 4 / ISSUE_SHARE
     adds = items * outputs * vec * outer * inner / limits.fp32_lanes
-    read = items / WARP * (x_loads * x_vec * vec * WARP / vec + outer * inner * bk) * element.bytes
-    banks = (warps * (wm + wn) + 2 * bm + bn) * bk * element.bytes
-    shared_cycles = (read + banks) / SHARED_BYTES_A_CYCLE
+    read = items * (x_loads * x_vec + outer * inner * bk / WARP) + warps * (wm + wn) * bk
     times = {
         "bound by tensor cores": tensor,
         "bound by multiply-adds": adds,
         "bound by instructions": issue,
-        "bound by shared memory": shared_cycles,
+        "bound by shared memory": (read + (bm + bn + rows) * bk) * bytes_ / SHARED_BYTES_A_CYCLE,
     }
     bound = max(times, key=lambda each: times[each])
-    summing = max(items / WARP * sum_instructions / 4 / ISSUE_SHARE, adds)
-    alone = max(times[bound], 2 * summing) + MEMORY_CYCLES
+    summing = max(items / WARP * summed / 4 / ISSUE_SHARE, adds)
+    alone = max(times[bound], 2 * summing) + (SHARED_CYCLES if staged else MEMORY_CYCLES)
 
     # A block, a launch.
     steps = -(-shape.filters // bk)
     busiest = -(-blocks // limits.multiprocessors)
-    finish = 2 if activation in CHEAP_ACTIVATIONS else 30
-    store = max(2 * bm * bn * element.bytes / SHARED_BYTES_A_CYCLE, bm * bn / WARP * (finish + 2) / 4)
+    finish = 2 if problem.activation in CHEAP_ACTIVATIONS else 30
+    store = max(2 * bm * bn * bytes_ / SHARED_BYTES_A_CYCLE, bm * bn / WARP * (finish + 2) / 4)
     ends = 2 * MEMORY_CYCLES + summing + tensor + store
     busy, waiting = steps * times[bound] + store, ((steps - 1) * alone + ends) / min(held, busiest)
     if busy < waiting:
         bound = "bound by latency"
     compute = busiest * max(busy, waiting) / clock
-    positions = shape.batch * math.prod(shape.out_size)
-    reach = sum((k_eff - 1) * math.prod(shape.in_size[a + 1 :]) for a, k_eff in enumerate(shape.k_eff))
-    in_positions = shape.batch * math.prod(shape.in_size)
-    inputs = min(bm * inner * outer, bm * in_positions // positions + reach)
-    moved = blocks * (inputs * shape.in_channels + (bn + outer * inner) * shape.filters) * element.bytes
-    moved += positions * filters * element.bytes
-    arrays = in_positions * shape.in_channels + (outer * inner + filters) * shape.filters + positions * filters
-    least_bytes = (arrays + filters) * element.bytes
+    read_inputs = min(bm * inner * outer, bm * problem.inputs // problem.positions + problem.reach)
+    moved = blocks * (read_inputs * shape.in_channels + (bn + outer * inner) * shape.filters) * bytes_
+    moved += problem.positions * filters * bytes_
+    arrays = problem.inputs * shape.in_channels + problem.positions * filters
+    least_bytes = (arrays + (outer * inner + filters) * shape.filters + filters) * bytes_
     memory = max(least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     if memory > compute:
         bound = "bound by memory"
-    least_flops = 2 * positions * shape.filters * (outer * inner + filters)
+    least_flops = 2 * problem.positions * shape.filters * (outer * inner + filters)
     flops = 2 * blocks * bm * steps * bk * (outer * inner + bn)
     cost = Cost(flops, least_flops, moved, least_bytes, max(compute, memory) + LAUNCH_SECONDS)
     return _Candidate(
         bm,
         bn,
+        bk,
         wm,
         wn,
-        bk,
         outputs,
         vec,
         taps,
-        row_groups,
         phases,
+        row_groups,
         groups,
-        blocks,
         tiles_n,
+        blocks,
+        rows,
         registers,
-        1,
         shared,
         cost,
         bound,
