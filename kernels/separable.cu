@@ -23,7 +23,7 @@
 //   places [BM / TP]; if STAGED, two stages of  xs [rows][BK]: all inputs of the tile, which lie in `rows` positions of
 //   x one after the other, padding aside. Otherwise inputs are read from x itself, once a tap or window.
 //   Row j * GROUPS + g of zs is output j of group g: neighbouring groups are neighbouring rows, which the swizzle keeps
-//   in different banks. Channels behind the last are zero in zs and ws. Copies of w run one step ahead, those of x two;
+//   in different banks. Channels behind the last are zero in zs and ws. Copies run one step ahead of what reads them;
 //   one barrier a step.
 
 #include "depthwise.cuh"
@@ -193,19 +193,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) separable(cons
 
   // 1. Stage: from global to shared memory.
   const int w_row = thread / VECTORS_N, w_column = thread % VECTORS_N * VECW;
-  Index w_left = n0 + w_column < p.filters ? p.middle - w_row : 0;  // rows of w from this thread's first one on
-  const E* w_from = p.w + (w_row * p.filters + n0 + w_column);
-  const auto fetch_w = [&](int stage) {
+  const auto fetch_w = [&](int stage, Index k) {
+    const E* w = p.w + ((k + w_row) * p.filters + n0 + w_column);
+    const Index left = n0 + w_column < p.filters ? p.middle - (k + w_row) : 0;  // rows from this thread's first one on
 #pragma unroll
     for (int i = 0; i < BK / W_STEP; ++i) {
       unsigned char* to = memory + stage + X_BYTES + swizzle<W_ROW>(w_row + i * W_STEP, w_column * int(sizeof(E)));
-      const E* from = w_from + i * W_STEP * p.filters;
-      const bool inside = i * W_STEP < w_left;
+      const E* from = w + i * W_STEP * p.filters;
+      const bool inside = i * W_STEP < left;
       if constexpr (VECW > 1) ptx::copy_async<VECW * sizeof(E)>(ptx::shared_address(to), from, inside);
       else store(reinterpret_cast<E*>(to), load_or_zero<1>(from, inside));
     }
-    w_from += BK * p.filters;
-    w_left -= BK;
   };
   // The channels from k on; where there are none it copies nothing.
   const auto fetch_x = [&](E* xs, Index k) {
@@ -221,46 +219,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) separable(cons
     }
   };
 
-  // 2. Multiply-accumulate: the product of one step, and z of the next.
+  // 2. Multiply-accumulate: z of the step at k, and the product of the one before it.
   for (int g = thread; g < GROUPS; g += THREADS) places[g] = place_of(group0 + g, p);
   __syncthreads();
-  E* xs = reinterpret_cast<E*>(memory + XS_AT);         // inputs of the step whose z is summed next
-  E* xs_ahead = xs + (STAGED ? int(p.rows) * BK : 0);  // and of the one after it
+  E* const xs = reinterpret_cast<E*>(memory + XS_AT);
+  const int x_stage = STAGED ? int(p.rows) * BK : 0;
   fetch_x(xs, 0);
   ptx::copy_async_commit();
-  fetch_w(0);
-  fetch_x(xs_ahead, BK);
-  ptx::copy_async_commit();
-  ptx::copy_async_wait<1>();
-  if (STAGED) __syncthreads();
-  fill(memory, xs, places, 0, p);
   const Warp own(thread);
   float acc[TM][TN][4] = {};
   const int first = (thread / 32 + thread / 128) % 2;  // warps that are 4 apart share a scheduler
-  int stage = 0;
-  for (Index k = BK;; k += BK) {
+  int ahead = 0, x_at = 0;                             // where z of this step goes, and where its inputs are
+  for (Index k = 0;; k += BK) {
     ptx::copy_async_wait<0>();
     __syncthreads();
     const bool more = k < p.middle;
-    const int ahead = STAGE_BYTES - stage;
     if (more) {
-      fetch_w(ahead);
-      fetch_x(xs, k + BK);
+      fetch_w(ahead, k);
+      fetch_x(xs + (x_stage - x_at), k + BK);
       ptx::copy_async_commit();
     }
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      if (half == first) {
-        multiply<E>(acc, memory, stage, own);
-      } else if (more) {
-        fill(memory + ahead, xs_ahead, places, k, p);
-        __syncwarp();
+      if (half != first) {
+        if (more) fill(memory + ahead, xs + x_at, places, k, p);
+      } else if (k > 0) {
+        multiply<E>(acc, memory, STAGE_BYTES - ahead, own);
       }
     }
     if (!more) break;
-    stage = ahead;
-    E* const filled = xs;
-    xs = xs_ahead, xs_ahead = filled;
+    ahead = STAGE_BYTES - ahead;
+    x_at = x_stage - x_at;
   }
 
   // 3. Epilogue: bias and activation in registers, then through shared memory to whole vectors of y.

@@ -62,7 +62,7 @@ SHARES = ((8, 4), (4, 8), (4, 4), (2, 8), (1, 8))
 STAGED = (True, False)  # whether inputs pass through shared memory
 STAGED_BYTES = 128  # of a step in a row, of tiles that stage x: rows of xs then fill the banks
 MOST_TAPS = 5  # at a time, whose weights wait in registers
-REGISTERS_OF_INDICES = 44  # beside sums, weights, fragments and loads
+REGISTERS_OF_INDICES = {True: 31, False: 38}  # beside sums, weights, fragments and loads; by whether x is staged
 ISSUE_SHARE = 0.85  # of the issue slots those that a warp scheduler finds something for
 MEMORY_CYCLES, SHARED_CYCLES = 700, 100  # from a load to its value, and a barrier
 CHOICE_FACTOR = 1.02  # a tile listed earlier is taken unless another one is predicted to be this much faster
@@ -391,9 +391,9 @@ def _candidate(
     x_vec = problem.source_width(vec)
     sums, fragments = wm * wn // WARP, (wm // 16) * 4 + (wn // 8) * 2
     for taps in range(min(MOST_TAPS, inner), 0, -1):
-        loads = -(-x_vec * bytes_ // 4) * min(6, inputs_of(outputs, taps, step))
+        loads = -(-x_vec * bytes_ // 4) * min(12, inputs_of(outputs, taps, step))
         beside = max(fragments, (outputs + taps) * vec + loads)
-        registers = -(-(sums + beside + REGISTERS_OF_INDICES) // 8) * 8
+        registers = -(-(sums + beside + REGISTERS_OF_INDICES[staged]) // 8) * 8
         if registers <= REGISTERS_PER_THREAD - 7:
             break
     else:
