@@ -32,9 +32,11 @@
 // Set by the plan, besides those of mma.cuh: ACTIVATION   MULTIPLIER   MIN_BLOCKS
 //   UNIT 1 for an innermost dilation of 1
 //   VEC channels of z that a thread has, XV of x that they read   TP outputs of it   SG   KC taps at a time, KT left over
+//   ROLLING 1 for more taps than that, whose windows stay in registers
 //   STAGED   VECX, VECW, VECY elements of an access to x where it is staged, w and y
 static_assert(sizeof(E) == 2, "the sums of z are rounded to what tensor cores multiply");
 static_assert(VEC % XV == 0, "a multiplier repeats whole channels");
+static_assert(!ROLLING || (SG == 1 && KC % TP == 0), "slots of a window repeat after TP taps");
 constexpr int GROUPS = BM / TP;
 constexpr int VECTORS_K = BK / VEC;
 constexpr int VECTORS_N = BN / VECW;
@@ -136,6 +138,58 @@ __device__ __forceinline__ void add_taps(S (&acc)[TP][VEC], const E* from, Index
   else add_taps<N, false>(acc, from, at, taps, p);
 }
 
+// The same for ROLLING: `window` has the inputs of all outputs but the last one at the first tap, then at the next;
+// `from` and `at` are those of the last one's. Slots of it repeat after TP taps.
+template <int N, bool WHOLE>
+__device__ __forceinline__ void roll_taps(S (&acc)[TP][VEC], S (&window)[TP][XV], const E* from, Index at, const E* taps,
+                                          const Params& p) {
+#pragma unroll
+  for (int r = 0; r < N; ++r) {
+    S w[VEC];
+    widen_vector(w, load<VEC>(taps + r * p.middle));
+    widen_vector(window[(r + TP - 1) % TP], input<WHOLE>(from, within(at, p.in[RANK - 1])));
+    from += spacing(p) * pitch(p);
+    at += spacing(p);
+#pragma unroll
+    for (int j = 0; j < TP; ++j) add_products(acc[j], window[(r + j) % TP], w);
+  }
+}
+template <int N>
+__device__ __forceinline__ void roll_taps(S (&acc)[TP][VEC], S (&window)[TP][XV], const E* from, Index at, const E* taps,
+                                          const Params& p) {
+  if (at >= 0 && at + (N - 1) * spacing(p) < p.in[RANK - 1]) roll_taps<N, true>(acc, window, from, at, taps, p);
+  else roll_taps<N, false>(acc, window, from, at, taps, p);
+}
+
+// acc += all taps of a row of inputs.
+__device__ __forceinline__ void add_row(S (&acc)[TP][VEC], const E* from, Index at, const E* taps, const Params& p) {
+  const Index step = spacing(p) * pitch(p);
+  if constexpr (ROLLING) {
+    S window[TP][XV];
+#pragma unroll
+    for (int j = 0; j < TP - 1; ++j) {
+      widen_vector(window[j], input<false>(from, within(at, p.in[RANK - 1])));
+      from += step;
+      at += spacing(p);
+    }
+    for (Index chunk = 0; chunk < p.chunks; ++chunk) {
+      roll_taps<KC>(acc, window, from, at, taps, p);
+      from += KC * step;
+      at += KC * spacing(p);
+      taps += KC * p.middle;
+    }
+    if constexpr (KT > 0) roll_taps<KT>(acc, window, from, at, taps, p);
+  } else {
+    for (Index chunk = 0; chunk < p.chunks; ++chunk) {
+      add_taps<KC>(acc, from, at, taps, p);
+      from += KC * step;
+      at += KC * spacing(p);
+      taps += KC * p.middle;
+    }
+    if constexpr (KT > 0) add_taps<KT>(acc, from, at, taps, p);
+  }
+}
+
 // Fills zs with the channels from k0 on, out of xs or of x.
 __device__ __forceinline__ void fill(unsigned char* zs, const E* xs, const Place* places, Index k0, const Params& p) {
 #pragma unroll 1
@@ -153,18 +207,7 @@ __device__ __forceinline__ void fill(unsigned char* zs, const E* xs, const Place
         bool inside = true;
 #pragma unroll
         for (int a = 0; a < RANK - 1; ++a) inside = inside && within(place.at[a] + reach[a], p.in[a]);
-        const E* from = base + linear(reach, p.in) * pitch(p);
-        const E* row = taps;
-        Index at = place.at[RANK - 1];
-        if (inside) {
-          for (Index chunk = 0; chunk < p.chunks; ++chunk) {
-            add_taps<KC>(acc, from, at, row, p);
-            from += KC * spacing(p) * pitch(p);
-            at += KC * spacing(p);
-            row += KC * p.middle;
-          }
-          if constexpr (KT > 0) add_taps<KT>(acc, from, at, row, p);
-        }
+        if (inside) add_row(acc, base + linear(reach, p.in) * pitch(p), place.at[RANK - 1], taps, p);
         taps += (p.chunks * KC + KT) * p.middle;
 #pragma unroll
         for (int a = RANK - 2; a >= 0; --a) {

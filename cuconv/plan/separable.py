@@ -53,7 +53,8 @@ TILES: tuple[tuple[int, int, int, int, int], ...] = (
     (64, 256, 32, 64, 128),  # 8 warps, 64 sums a thread
     (128, 128, 64, 32, 128),
     (64, 128, 32, 32, 128),
-    (64, 64, 32, 32, 128),  # 4 warps
+    (32, 256, 32, 64, 128),  # 4 warps, 64 sums a thread
+    (64, 64, 32, 32, 128),
     (128, 32, 32, 32, 64),
     (32, 64, 16, 32, 128),
 )
@@ -61,7 +62,7 @@ TILES: tuple[tuple[int, int, int, int, int], ...] = (
 SHARES = ((8, 4), (4, 8), (4, 4), (2, 8), (1, 8))
 STAGED = (True, False)  # whether inputs pass through shared memory
 STAGED_BYTES = 128  # of a step in a row, of tiles that stage x: rows of xs then fill the banks
-MOST_TAPS = 5  # at a time, whose weights wait in registers
+MOST_TAPS = 5  # at a time, whose weights wait in registers; of more taps a window of inputs does, where it fits
 REGISTERS_OF_INDICES = {True: 31, False: 38}  # beside sums, weights, fragments and loads; by whether x is staged
 ISSUE_SHARE = 0.85  # of the issue slots those that a warp scheduler finds something for
 MEMORY_CYCLES, SHARED_CYCLES = 700, 100  # from a load to its value, and a barrier
@@ -156,6 +157,7 @@ def plan_fused(
             ("SG", problem.step(best.outputs)),
             ("KC", best.taps),
             ("KT", problem.inner % best.taps),
+            ("ROLLING", int(best.rolling)),
             ("STAGED", int(best.rows > 0)),
             ("VECX", problem.vector_x),
             ("VECW", problem.vector_w),
@@ -330,6 +332,7 @@ class _Candidate:
     outputs: int  # of a group
     vec: int  # channels of z that a thread has
     taps: int  # at a time
+    rolling: bool  # a window of inputs waits in registers
     phases: int
     row_groups: int
     groups: int
@@ -347,7 +350,8 @@ class _Candidate:
 
     def __str__(self) -> str:
         tile = f"tile {self.bm}x{self.bn}x{self.bk}, {self.wm}x{self.wn} a warp"
-        each = f"{self.outputs} outputs of {self.vec} channels a thread, {self.taps} taps at a time"
+        each = f"{self.outputs} outputs of {self.vec} channels a thread, "
+        each += "windows in registers" if self.rolling else f"{self.taps} taps at a time"
         return f"separable, {tile}, {each}, inputs {f'of {self.rows} positions staged' if self.rows else 'not staged'}"
 
 
@@ -390,9 +394,11 @@ def _candidate(
         return None
     x_vec = problem.source_width(vec)
     sums, fragments = wm * wn // WARP, (wm // 16) * 4 + (wn // 8) * 2
-    for taps in range(min(MOST_TAPS, inner), 0, -1):
-        loads = -(-x_vec * bytes_ // 4) * min(12, inputs_of(outputs, taps, step))
-        beside = max(fragments, (outputs + taps) * vec + loads)
+    ways = [(outputs, True)] if inner > MOST_TAPS and step == 1 and outputs > 1 else []
+    for taps, rolling in (*ways, *((taps, False) for taps in range(min(MOST_TAPS, inner), 0, -1))):
+        in_flight = -(-x_vec * bytes_ // 4) * min(12, inputs_of(outputs, taps, step))
+        waiting = 2 * vec + outputs * x_vec + 16 if rolling else taps * vec + in_flight
+        beside = max(fragments, outputs * vec + waiting)
         registers = -(-(sums + beside + REGISTERS_OF_INDICES[staged]) // 8) * 8
         if registers <= REGISTERS_PER_THREAD - 7:
             break
@@ -408,7 +414,8 @@ def _candidate(
     tensor = 2 * bm * bn * bk / (limits.fp16_rate * share / limits.multiprocessors) * clock
     items = bm * bk // (outputs * vec)
     pieces = [(taps, inner // taps), *([(inner % taps, 1)] if inner % taps else [])]
-    x_loads = outer * sum(count * inputs_of(outputs, each, step) for each, count in pieces)
+    x_loads = outer * sum(count * (each if rolling else inputs_of(outputs, each, step)) for each, count in pieces)
+    x_loads += outer * (outputs - 1) * rolling
     summed = x_loads * (x_vec + (2 if staged else 4)) + outer * inner * (3 + vec * (outputs + 1))
     summed += outer * (10 * len(pieces) + 20) + outputs * (vec + 3) + 50
     products = wm // 16 * (wn // 8) * (bk // 16)
@@ -433,10 +440,10 @@ def _candidate(
     finish = 2 if problem.activation in CHEAP_ACTIVATIONS else 30
     store = max(2 * bm * bn * bytes_ / SHARED_BYTES_A_CYCLE, bm * bn / WARP * (finish + 2) / 4)
     ends = 2 * MEMORY_CYCLES + summing + tensor + store
-    busy, waiting = steps * times[bound] + store, ((steps - 1) * alone + ends) / min(held, busiest)
-    if busy < waiting:
+    busy, latency = steps * times[bound] + store, ((steps - 1) * alone + ends) / min(held, busiest)
+    if busy < latency:
         bound = "bound by latency"
-    compute = busiest * max(busy, waiting) / clock
+    compute = busiest * max(busy, latency) / clock
     read_inputs = min(bm * inner * outer, bm * problem.inputs // problem.positions + problem.reach)
     moved = blocks * (read_inputs * shape.in_channels + (bn + outer * inner) * shape.filters) * bytes_
     moved += problem.positions * filters * bytes_
@@ -457,6 +464,7 @@ def _candidate(
         outputs,
         vec,
         taps,
+        rolling,
         phases,
         row_groups,
         groups,
