@@ -1,7 +1,7 @@
-"""Separable convolution on a runtime: depthwise, then pointwise.
+"""Separable convolution on a runtime: in one launch where that is faster, otherwise depthwise, then pointwise.
 
-The array between the two goes through memory. Where it is larger than the workspace, batch items are taken a slab at a
-time; the kernel gradient, a sum over all items, always has it whole.
+The array between two launches goes through memory. Where it is larger than the workspace, batch items are taken a slab
+at a time; the kernel gradient, a sum over all items, always has it whole.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator
 
 from cuconv.activations import Activation
-from cuconv.cuda.arrays import Array, Runtime
-from cuconv.cuda.conv import conv, kernel_grad
+from cuconv.cuda.arrays import Array, Runtime, alignment, compact, dtype_name, writing
+from cuconv.cuda.conv import conv, kernel_grad, name_of
 from cuconv.cuda.depthwise import depthwise_conv, depthwise_kernel_grad, depthwise_transpose
 from cuconv.cuda.transpose import conv_transpose
 from cuconv.geometry import ConvShape
+from cuconv.plan.separable import plan_separable, pointwise_shape
 
 
 def separable_conv(
@@ -31,11 +32,23 @@ def separable_conv(
     precision: str = "highest",
 ) -> None:
     """Write ``activation(pointwise(depthwise(x)) + bias)`` to `out`; `shape` is that of the depthwise part."""
-    for part, items in _slabs(shape, x.dtype.itemsize, workspace):
-        middle = runtime.empty(part.y_shape, x.dtype)
-        depthwise_conv(runtime, part, x[items], depthwise_w, None, None, middle, workspace)
-        pointwise = _pointwise(part, pointwise_w)
-        conv(runtime, pointwise, middle, pointwise_w, bias, activation, out[items], workspace, precision)
+    if out.size == 0:
+        return
+    filters, name = pointwise_w.shape[-1], name_of(activation)
+    x, depthwise_w, mixing, bias = (compact(runtime, array) for array in (x, depthwise_w, pointwise_w, bias))
+    with writing(runtime, out) as y:
+        aligned = alignment(runtime, x, depthwise_w, mixing, y)
+        plan = plan_separable(shape, filters, dtype_name(out.dtype), name, aligned, runtime.limits)
+        if plan.fused is not None:
+            runtime.launch(plan.fused, (x, depthwise_w, mixing, bias, y))
+            return
+        for part, items in _slabs(shape, out.dtype.itemsize, workspace):
+            middle, source = runtime.empty(part.y_shape, out.dtype), None if x is None else x[items]
+            aligned = alignment(runtime, source, depthwise_w, mixing, y[items])
+            plan = plan_separable(part, filters, dtype_name(out.dtype), name, aligned, runtime.limits)
+            runtime.launch(plan.depthwise, (source, depthwise_w, None, middle))
+            pointwise = pointwise_shape(part, filters)
+            conv(runtime, pointwise, middle, mixing, bias, activation, y[items], workspace, precision)
 
 
 def separable_input_grad(
@@ -51,7 +64,7 @@ def separable_input_grad(
     """Write the gradient of x to `out`; `shape` is that of the depthwise part, the kernels are conjugated already."""
     for part, items in _slabs(shape, dy.dtype.itemsize, workspace):
         middle = runtime.empty(part.y_shape, dy.dtype)
-        pointwise = _pointwise(part, pointwise_w)
+        pointwise = pointwise_shape(part, pointwise_w.shape[-1])
         conv_transpose(runtime, pointwise, dy[items], pointwise_w, None, None, middle, workspace, precision)
         depthwise_transpose(runtime, part, middle, depthwise_w, out[items], workspace)
 
@@ -69,20 +82,12 @@ def separable_kernel_grad(
     precision: str = "highest",
 ) -> None:
     """Write the gradients of both kernels; `shape` is that of the depthwise part."""
-    pointwise = _pointwise(shape, pointwise_w)
+    pointwise = pointwise_shape(shape, pointwise_w.shape[-1])
     middle = runtime.empty(shape.y_shape, x.dtype)
     depthwise_conv(runtime, shape, x, depthwise_w, None, None, middle, workspace)
     kernel_grad(runtime, pointwise, middle, dy, pointwise_out, workspace, precision)
     conv_transpose(runtime, pointwise, dy, pointwise_w.conj(), None, None, middle, workspace, precision)
     depthwise_kernel_grad(runtime, shape, x, middle, depthwise_out, workspace)
-
-
-def _pointwise(shape: ConvShape, pointwise_w: Array) -> ConvShape:
-    """The pointwise convolution behind the depthwise `shape`."""
-    ones, none = (1,) * shape.rank, (0,) * shape.rank
-    channels, filters = pointwise_w.shape[-2:]
-    sizes = shape.out_size
-    return ConvShape(shape.batch, sizes, sizes, channels, filters, ones, ones, ones, none, 1, shape.data_format)
 
 
 def _slabs(shape: ConvShape, itemsize: int, workspace: int) -> Iterator[tuple[ConvShape, slice]]:
