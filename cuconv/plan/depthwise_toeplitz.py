@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cuconv.plan.depthwise_problem import NO_AXIS, THREADS, Axis, Problem, constants_of, fastest, finishing_of
 from cuconv.plan.depthwise_tiles import clock_of, first_of, tiled_axes, tiled_launch
-from cuconv.plan.mma import RATE_SHARE, require
+from cuconv.plan.mma import RATE_SHARE, require_16_bits
 from cuconv.plan.types import WARP, LaunchPlan, PlanError, vector
 
 STRIPS = 16  # rows of a fragment
@@ -25,7 +25,7 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
         PlanError: it does not compute this problem, or not on this device.
     """
     element, limits, first = problem.element, problem.limits, problem.first
-    require(element, limits)
+    require_16_bits(element, limits)
     outer, inner = tiled_axes(problem, "depthwise_toeplitz")
     if first and inner.dilation > 1:
         raise PlanError(f"depthwise_toeplitz: dilation {inner.dilation} of neighbouring positions, channels first")

@@ -219,9 +219,7 @@ def plan_halo(
 
 
 def _require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
-    if element.bytes != 2:
-        raise PlanError(f"halo: only 16-bit elements, not {element.dtype}")
-    mma.require(element, limits)
+    mma.require_16_bits(element, limits)
     shape = form.shape
     channels = shape.in_channels // shape.groups
     vector = VECTOR_BYTES // element.bytes

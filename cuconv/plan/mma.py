@@ -150,6 +150,17 @@ def require(element: Element, limits: DeviceLimits) -> None:
         raise PlanError(f"tensor cores: those of {limits.name} have no products of {element.dtype}")
 
 
+def require_16_bits(element: Element, limits: DeviceLimits) -> None:
+    """Refuses the same, and elements of more than 16 bits.
+
+    Raises:
+        PlanError: the device or the dtype has no such instructions.
+    """
+    if element.bytes != 2:
+        raise PlanError(f"tensor cores: this kernel has only 16-bit elements, not {element.dtype}")
+    require(element, limits)
+
+
 def products_of(element: Element, precision: str) -> int:
     """Products of tensor cores that make one of elements."""
     return 3 if element.dtype == "float32" and precision == "highest" else 1
