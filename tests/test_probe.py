@@ -224,9 +224,9 @@ def test_one_box_is_brought_to_two_blocks(mode, seed):
     [
         ("__syncthreads();\n  ptx::cluster_sync();", "__syncthreads();", {"barrier", "race", "uninitialised"}),
         ("0, 0, 0, 3);", "0, 0, 0, 1);", {"deadlock"}),
-        ("0, 0, 0, 3);", "0, 0, 0, 7);", {"barrier"}),
-        ("ptx::cluster_rank() ^ 1);", "ptx::cluster_rank() ^ 2);", {"bounds"}),
-        ("ptx::cluster_rank() == 0)", "true)", {"barrier"}),
+        pytest.param("0, 0, 0, 3);", "0, 0, 0, 7);", {"bounds"}, marks=pytest.mark.exhaustive),
+        pytest.param("rank() ^ 1);", "rank() ^ 2);", {"bounds"}, marks=pytest.mark.exhaustive),
+        pytest.param("rank() == 0)", "rank() < 2)", {"barrier"}, marks=pytest.mark.exhaustive),
     ],
     ids=["no barrier of the cluster", "one block", "three blocks", "no such neighbour", "both ask"],
 )
