@@ -291,6 +291,22 @@ def test_one_launch_where_it_is_faster():
     assert runtime.launches[0].kernel == "separable" and "two launches" in runtime.launches[0].rejected[-1]
 
 
+@emulated
+@pytest.mark.exhaustive
+def test_empty_arrays():
+    """Outputs that read padding alone, from an array of no positions, are the bias; no items need no launch."""
+    case = Case((2, 0, 8), (3, 8, 1), 16, padding=((3, 0),))
+    y = poisoned(case.y_shape, "float16")
+    runtime = trace()
+    separable_conv(runtime, case.shape, case.x, case.taps, case.w, case.bias, None, y, 1 << 20)
+    assert len(runtime.launches) == 2 and np.array_equal(y, np.broadcast_to(case.bias, y.shape))
+    case = Case((0, 9, 8), (3, 8, 1), 16)
+    runtime = trace()
+    y = poisoned(case.y_shape, "float16")
+    separable_conv(runtime, case.shape, case.x, case.taps, case.w, case.bias, None, y, 1 << 20)
+    assert not runtime.launches
+
+
 @pytest.mark.parametrize(
     "dtype, device, options, reason",
     [
@@ -471,6 +487,11 @@ def dilated(runtime):
         Case((1, 44, 8), (3, 8, 1), 8, dilation_rate=4).check(runtime)
 
 
+def many(runtime):
+    with only(staged=(False,), **PLANTED):
+        Case((1, 30, 8), (13, 8, 1), 8, padding="same").check(runtime)
+
+
 def multiplied(runtime):
     with only(**PLANTED):
         Case((1, 30, 8), (3, 8, 2), 72, padding="same").check(runtime)
@@ -515,8 +536,8 @@ PLANTS = [
     ("w over what is multiplied", "fetch_w(ahead, k);", "fetch_w(STAGE_BYTES - ahead, k);", sequence, "race"),
     (
         "padding not zeroed",
-        "input<WHOLE>(from, within(at, p.in[RANK - 1]))",
-        "input<WHOLE>(from, true)",
+        "widen_vector(x, input<WHOLE>(from, within(at, p.in[RANK - 1])));",
+        "widen_vector(x, input<WHOLE>(from, true));",
         direct,
         "bounds",
     ),
@@ -527,7 +548,21 @@ PLANTS = [
         image,
         WRONG,
     ),
-    ("taps in reverse", "load<VEC>(taps + r * p.middle)", "load<VEC>(taps + (N - 1 - r) * p.middle)", sequence, WRONG),
+    (
+        "taps in reverse",
+        "widen_vector(w[r], load<VEC>(taps + r * p.middle));",
+        "widen_vector(w[r], load<VEC>(taps + (N - 1 - r) * p.middle));",
+        sequence,
+        WRONG,
+    ),
+    ("the window of the first tap", "window[(r + j) % TP], w);", "window[j], w);", many, WRONG),
+    (
+        "a window without padding",
+        "widen_vector(window[j], input<false>(from, within(at, p.in[RANK - 1])));",
+        "widen_vector(window[j], input<true>(from, true));",
+        many,
+        "bounds",
+    ),
     ("taps of the first row", "        taps += (p.chunks * KC + KT) * p.middle;\n", "", image, WRONG),
     ("channels behind the last", "    if (k < p.middle) {\n", "    {\n", sequence, "bounds"),
     (
