@@ -29,8 +29,7 @@
 #include "depthwise.cuh"
 #include "mma.cuh"
 
-// Set by the plan, besides those of mma.cuh: ACTIVATION   MULTIPLIER   MIN_BLOCKS
-//   UNIT 1 for an innermost dilation of 1
+// Set by the plan, besides those of mma.cuh: ACTIVATION   MULTIPLIER   UNIT 1 for an innermost dilation of 1
 //   VEC channels of z that a thread has, XV of x that they read   TP outputs of it   SG   KC taps at a time, KT left over
 //   ROLLING 1 for more taps than that, whose windows stay in registers
 //   STAGED   VECX, VECW, VECY elements of an access to x where it is staged, w and y
@@ -227,7 +226,7 @@ __device__ __forceinline__ void fill(unsigned char* zs, const E* xs, const Place
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) separable(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) separable(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char memory[];
   Place* places = reinterpret_cast<Place*>(memory + PLACES_AT);
   const int thread = threadIdx.x;

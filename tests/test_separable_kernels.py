@@ -23,8 +23,10 @@ from cuconv import activations, ops
 from cuconv.cuda.arrays import alignment
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.cuda.separable import separable_conv
-from cuconv.geometry import depthwise_shape, join_shape
+from cuconv.geometry import conv_shape, depthwise_shape, join_shape
 from cuconv.plan import separable
+from cuconv.plan.conv import plan_conv
+from cuconv.plan.depthwise import plan_depthwise
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.separable import TILES, plan_fused, plan_separable
 from cuconv.plan.types import PlanError
@@ -291,6 +293,22 @@ def test_one_launch_where_it_is_faster():
     assert runtime.launches[0].kernel == "separable" and "two launches" in runtime.launches[0].rejected[-1]
 
 
+@emulated
+@pytest.mark.exhaustive
+def test_empty_arrays():
+    """Outputs that read padding alone, from an array of no positions, are the bias; no items need no launch."""
+    case = Case((2, 0, 8), (3, 8, 1), 16, padding=((3, 0),))
+    y = poisoned(case.y_shape, "float16")
+    runtime = trace()
+    separable_conv(runtime, case.shape, case.x, case.taps, case.w, case.bias, None, y, 1 << 20)
+    assert len(runtime.launches) == 2 and np.array_equal(y, np.broadcast_to(case.bias, y.shape))
+    case = Case((0, 9, 8), (3, 8, 1), 16)
+    runtime = trace()
+    y = poisoned(case.y_shape, "float16")
+    separable_conv(runtime, case.shape, case.x, case.taps, case.w, case.bias, None, y, 1 << 20)
+    assert not runtime.launches
+
+
 @pytest.mark.parametrize(
     "dtype, device, options, reason",
     [
@@ -312,25 +330,45 @@ def test_what_it_does_not_compute(dtype, device, options, reason):
 
 # --- Plans -------------------------------------------------------------------------------------------------------
 
-# The suite's rows, and by how much one launch is to be faster than two on H200, A100 and RTX 4090, predicted.
+# The suite's rows, and the least percent of the roof that is predicted on H200, A100 and RTX 4090.
 ROWS = {
-    "SepConv1D": (depthwise_shape((32, 4096, 256), (5, 256, 1), padding="same"), 256, (1.8, 1.8, 2.1)),
-    "QuartzNet": (depthwise_shape((32, 800, 256), (33, 256, 1), padding="same"), 256, (1.0, 1.6, 1.9)),
-    "Xception": (depthwise_shape((64, 19, 19, 728), (3, 3, 728, 1), padding="same"), 728, (1.0, 1.2, 1.3)),
-    "MobileNetV1": (depthwise_shape((128, 14, 14, 512), (3, 3, 512, 1), padding="same"), 512, (1.1, 1.3, 1.4)),
+    "SepConv1D": (depthwise_shape((32, 4096, 256), (5, 256, 1), padding="same"), 256, (70, 75, 95)),
+    "QuartzNet": (depthwise_shape((32, 800, 256), (33, 256, 1), padding="same"), 256, (23, 34, 65)),
+    "Xception": (depthwise_shape((64, 19, 19, 728), (3, 3, 728, 1), padding="same"), 728, (32, 58, 60)),
+    "MobileNetV1": (depthwise_shape((128, 14, 14, 512), (3, 3, 512, 1), padding="same"), 512, (33, 57, 62)),
 }
 
 
 @pytest.mark.parametrize("device, column", [("H200", 0), ("A100", 1), ("RTX 4090", 2)])
 @pytest.mark.parametrize("name", ROWS)
-def test_predicted_gain(name, device, column):
+def test_predicted_share_of_the_roof(name, device, column):
     shape, filters, least = ROWS[name]
-    plan = plan_separable(shape, filters, "bfloat16", "relu", ALIGNED, DEVICES[device]).fused
-    (pair,) = (float(each.split()[-3]) for each in plan.rejected if each.startswith("two launches"))
-    assert pair / (plan.cost.seconds * 1e6) >= least[column], plan
-    assert plan.cost.seconds >= plan.cost.least_bytes / DEVICES[device].bandwidth
+    limits = DEVICES[device]
+    plan = plan_fused(shape, filters, "bfloat16", "relu", ALIGNED, limits)
+    roof = max(plan.cost.least_flops / limits.fp16_rate, plan.cost.least_bytes / limits.bandwidth)
+    assert least[column] <= 100 * roof / plan.cost.seconds <= 100, plan
     assert plan.cost.flops >= plan.cost.least_flops and plan.cost.bytes >= plan.cost.least_bytes
-    assert "bound by" in plan.reason and len(plan.rejected) >= 3
+    assert "bound by" in plan.reason and len(plan.rejected) >= 2
+
+
+@pytest.mark.parametrize("device", ["H200", "A100", "RTX 4090"])
+@pytest.mark.parametrize("name", ROWS)
+def test_the_faster_is_chosen(name, device):
+    shape, filters, _ = ROWS[name]
+    limits = DEVICES[device]
+    mixing = conv_shape((shape.batch, *shape.out_size, shape.filters), (*(1,) * shape.rank, shape.filters, filters))
+    plans = (
+        plan_depthwise(shape, "bfloat16", "linear", (0, 0, 0), limits),
+        plan_conv(mixing, "bfloat16", "relu", (0, 0, 0), limits),
+    )
+    pair = sum(plan.cost.seconds for plan in plans)
+    fused = plan_fused(shape, filters, "bfloat16", "relu", ALIGNED, limits).cost.seconds
+    plan = plan_separable(shape, filters, "bfloat16", "relu", ALIGNED, limits)
+    assert (plan.fused is not None) == (fused < pair)
+    if plan.fused is None:
+        assert f"{fused * 1e6:.1f} us predicted" in plan.depthwise.rejected[-1]
+    else:
+        assert plan.fused.rejected[-1] == f"two launches: {pair * 1e6:.1f} us predicted"
 
 
 def test_two_launches_where_those_are_faster():
@@ -348,10 +386,11 @@ def test_plans_are_functions_of_integers():
 
 
 def test_a_call_is_explained():
-    found = ops.explain("separable_conv", (32, 4096, 256), (5, 256, 1), (1, 256, 256), dtype="bfloat16", device="H200")
+    shapes = (8, 4096, 256), (5, 256, 1), (1, 256, 256)
+    found = ops.explain("separable_conv", *shapes, dtype="bfloat16", device="RTX 4090")
     (step,) = found.steps
-    assert step.kernel == "separable" and step.tile.startswith("64x256x64") and "two launches" in str(found)
-    found = ops.explain("separable_conv", (8, 4096, 256), (5, 256, 1), (1, 256, 256), dtype="float32", device="H200")
+    assert step.kernel == "separable" and step.tile and "two launches" in str(found)
+    found = ops.explain("separable_conv", *shapes, dtype="float32", device="RTX 4090")
     assert len(found.steps) == 2 and "only 16-bit elements" in str(found)
 
 
@@ -471,6 +510,11 @@ def dilated(runtime):
         Case((1, 44, 8), (3, 8, 1), 8, dilation_rate=4).check(runtime)
 
 
+def many(runtime):
+    with only(staged=(False,), **PLANTED):
+        Case((1, 30, 8), (13, 8, 1), 8, padding="same").check(runtime)
+
+
 def multiplied(runtime):
     with only(**PLANTED):
         Case((1, 30, 8), (3, 8, 2), 72, padding="same").check(runtime)
@@ -515,8 +559,8 @@ PLANTS = [
     ("w over what is multiplied", "fetch_w(ahead, k);", "fetch_w(STAGE_BYTES - ahead, k);", sequence, "race"),
     (
         "padding not zeroed",
-        "input<WHOLE>(from, within(at, p.in[RANK - 1]))",
-        "input<WHOLE>(from, true)",
+        "widen_vector(x, input<WHOLE>(from, within(at, p.in[RANK - 1])));",
+        "widen_vector(x, input<WHOLE>(from, true));",
         direct,
         "bounds",
     ),
@@ -527,7 +571,21 @@ PLANTS = [
         image,
         WRONG,
     ),
-    ("taps in reverse", "load<VEC>(taps + r * p.middle)", "load<VEC>(taps + (N - 1 - r) * p.middle)", sequence, WRONG),
+    (
+        "taps in reverse",
+        "widen_vector(w[r], load<VEC>(taps + r * p.middle));",
+        "widen_vector(w[r], load<VEC>(taps + (N - 1 - r) * p.middle));",
+        sequence,
+        WRONG,
+    ),
+    ("the window of the first tap", "window[(r + j) % TP], w);", "window[j], w);", many, WRONG),
+    (
+        "a window without padding",
+        "widen_vector(window[j], input<false>(from, within(at, p.in[RANK - 1])));",
+        "widen_vector(window[j], input<true>(from, true));",
+        many,
+        "bounds",
+    ),
     ("taps of the first row", "        taps += (p.chunks * KC + KT) * p.middle;\n", "", image, WRONG),
     ("channels behind the last", "    if (k < p.middle) {\n", "    {\n", sequence, "bounds"),
     (
