@@ -220,13 +220,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
     int shift = int(buffer), residue = 0;
     buffer = x_bytes - buffer;
     if (panel + 1 < panels) fetch_x(int(buffer));
+#pragma unroll 1
     for (Index tap = p.taps; tap > 0; --tap) {
       if (left > 0) fetch_w(ahead);
       --left;
       ptx::copy_async_commit();
       multiply_tap(shift, stage);
+      ahead = stage;
       stage = next(stage);
-      ahead = next(ahead);
       shift += step;
       residue += rest;
       if (residue >= ROWS_P) {

@@ -36,6 +36,29 @@ def _nvdisasm() -> str | None:
     return shutil.which("nvdisasm")
 
 
+# Instructions on integers, predicates and addresses, those of the uniform data path included.
+INTEGER = (
+    *(
+        "IADD",
+        "IADD3",
+        "IMAD",
+        "IMNMX",
+        "IABS",
+        "ISETP",
+        "LEA",
+        "LOP3",
+        "SHF",
+        "SEL",
+        "MOV",
+        "PRMT",
+        "VIADD",
+        "VIADDMNMX",
+    ),
+    *("PLOP3", "P2R", "R2P", "R2UR", "S2R", "S2UR", "CS2R", "BREV", "FLO", "POPC"),
+    *("UIADD3", "UIMAD", "UISETP", "ULEA", "ULOP3", "UMOV", "UPLOP3", "UPRMT", "USEL", "USHF", "UVIADD", "UIADD"),
+)
+
+
 def missing() -> str | None:
     """Why no instructions can be listed here, or None."""
     return None if _nvdisasm() else "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
