@@ -255,7 +255,7 @@ PLANTS = [
     ("runs without a gap", "const Index place = m + (m0 % p.run + m) / p.run * p.gap;", "const Index place = m;",
      sequences, WRONG),
     ("padding not zeroed", "if (read && within(first[LAST], p.in[LAST])) {", "if (read) {", sequences, "bounds"),
-    ("padding of another axis not zeroed", "inside &= within(first[a] + rest % reaches[a] * p.dilation[a], p.in[a]);",
+    ("padding of another axis not zeroed", "inside &= within(first[a] + rest % taps_of[a] * p.dilation[a], p.in[a]);",
      "", images, "bounds"),
     ("the sources of the first tap", "inside && source.taps >> x_tap & 1", "inside && source.taps & 1", images,
      "bounds"),
