@@ -156,7 +156,7 @@ TENSOR_PLANTS = [
           ("bounds",)),
     Plant("columns behind the last", "conv_mma.cu", "const bool w_inside = n0 + w_column < p.columns;",
           "const bool w_inside = true;", tensor, ("bounds",)),
-    Plant("a tap for too long", "conv_mma.cu", "    same = p.channels / BK;\n", "", tensor_whole, (WRONG,)),
+    Plant("a tap for too long", "conv_mma.cu", "    same = p.channels / BK;\n", "", tensor_whole, ("hang",)),
     Plant("the next tap without its channels", "conv_mma.cu", "depth[j].channel = p.channels + slot_k(j);",
           "depth[j].channel = slot_k(j);", tensor_whole, (WRONG,)),
     Plant("the channels of the step before", "conv_mma.cu", "offset[j] += BK * step_c;", "", tensor_steps, (WRONG,)),
