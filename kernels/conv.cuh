@@ -24,7 +24,8 @@ struct Params {
   Index chunk, total;  // of a part: values of k, in conv_halo.cu panels; of y: elements
 #endif
 #ifdef HALO
-  Index taps, strands, run, unit, rows_t, gap, places;  // see there
+  Index taps, outer;  // of the last axis, and of all others together
+  Index strands, run, unit, rows_t, gap, places;  // see there
 #endif
 #if UPSAMPLED
   Index full[RANK], up[RANK], phases[RANK], shift[RANK];

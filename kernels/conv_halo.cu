@@ -20,6 +20,7 @@
 //   one warp     WM x WN sums; all threads copy the next panel's rows of x, and every step one tile of w
 //
 // Shared memory   ws [STAGES][BK][BN] (mma.cuh: swizzled)   xs [2][rows_p * places][BK]   sources [rows_p * places]
+//                 reaches [outer]
 //   A row of xs has 16 bytes of padding, so that 8 rows from any one on meet no bank twice: a tap is an offset.
 //   Rows of equal j modulo rows_p are neighbours, so the positions of a stride are, too. Runs begin a multiple of 8
 //   rows, `gap` more than their positions, behind one another. At the end the tile of y.
@@ -59,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   const int rows = ROWS_P * int(p.places), x_bytes = rows * PITCH;
   unsigned char* const xs = memory + STAGES * W_BYTES;
   Source* const sources = reinterpret_cast<Source*>(xs + 2 * x_bytes);
+  Index* const reaches = reinterpret_cast<Index*>(sources + rows);  // elements of x to each tap of the other axes
 
   // Batch item, coordinates and q of position m.
   const auto locate = [&](Index m, Index (&at)[RANK]) {
@@ -71,24 +73,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
     return b;
   };
 
-  // Taps of the other axes, and the sources of this tile's rows.
-  Index outer = 1, reaches[RANK];  // reaches: taps an axis
+  // What the other axes' taps and this tile's rows are in x, once for all panels.
+  const Index outer = RANK == 1 ? 1 : p.outer;
+  Index taps_of[RANK];
 #pragma unroll
-  for (int a = 0; a < LAST; ++a) {
-    reaches[a] = p.span[a] / p.dilation[a];
-    outer *= reaches[a];
-  }
+  for (int a = 0; a < LAST; ++a) taps_of[a] = p.span[a] / p.dilation[a];
   const Index step_l = p.groups * p.channels;
-  const auto reach_of = [&](Index tap) {  // in elements of x
-    Index at[RANK] = {}, reach = 0;
+  for (Index tap = thread; tap < outer; tap += THREADS) {
+    Index at[RANK] = {}, rest = tap;
 #pragma unroll
     for (int a = LAST - 1; a >= 0; --a) {
-      at[a] = tap % reaches[a] * p.dilation[a];
-      tap /= reaches[a];
+      at[a] = rest % taps_of[a] * p.dilation[a];
+      rest /= taps_of[a];
     }
-    reach = linear(at, p.in) * step_l;
-    return reach;
-  };
+    reaches[tap] = linear(at, p.in) * step_l;
+  }
   const Index final = (m0 + BM < p.positions ? m0 + BM : p.positions) - 1;  // last position of the tile
   for (int row = thread; row < rows; row += THREADS) {
     const int residue = row / int(p.places);
@@ -108,8 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
         bool inside = true;
 #pragma unroll
         for (int a = LAST - 1; a >= 0; --a) {
-          inside &= within(first[a] + rest % reaches[a] * p.dilation[a], p.in[a]);
-          rest /= reaches[a];
+          inside &= within(first[a] + rest % taps_of[a] * p.dilation[a], p.in[a]);
+          rest /= taps_of[a];
         }
         source.taps |= unsigned(inside) << tap;
       }
@@ -133,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
   const unsigned x_to = ptx::shared_address(xs) + x_row * PITCH + column * int(sizeof(E));
   const auto fetch_x = [&](int buffer) {
     const bool inside = WHOLE || x_channel < p.channels;
-    const E* const from = p.x + (reach_of(x_tap) + x_channel);
+    const E* const from = p.x + (reaches[x_tap] + x_channel);
     unsigned to = x_to + buffer;
     for (int row = x_row; row < rows; row += X_STEP) {
       const Source source = sources[row];
@@ -220,13 +219,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_halo(cons
     int shift = int(buffer), residue = 0;
     buffer = x_bytes - buffer;
     if (panel + 1 < panels) fetch_x(int(buffer));
+#pragma unroll 1
     for (Index tap = p.taps; tap > 0; --tap) {
       if (left > 0) fetch_w(ahead);
       --left;
       ptx::copy_async_commit();
       multiply_tap(shift, stage);
+      ahead = stage;
       stage = next(stage);
-      ahead = next(ahead);
       shift += step;
       residue += rest;
       if (residue >= ROWS_P) {

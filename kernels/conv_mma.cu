@@ -188,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
     Index passes = !more ? steps - done : rest < same ? rest : same;
     done += passes;
     if (more) fetched += passes, same -= passes;
+#pragma unroll 1
     for (; passes > 0; --passes) {
       ptx::copy_async_wait<STAGES - 2>();
       __syncthreads();
@@ -195,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
       ptx::copy_async_commit();
       multiply<E>(acc, memory, stage, own);
       if (more) put(ahead);
+      ahead = stage;
       stage = next(stage);
-      ahead = next(ahead);
     }
     advance();
   }

@@ -101,8 +101,15 @@ def run_tile(tile, step, dtype, numbers=range(99)):
 
 
 @emulated
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", [0, 6])
 def test_small_tile(number):
+    run_tile(*SMALL, ("float16", "bfloat16")[number % 2], [number])
+
+
+@emulated
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8])
+def test_every_case(number):
     run_tile(*SMALL, ("float16", "bfloat16")[number % 2], [number])
 
 
@@ -110,7 +117,7 @@ def test_small_tile(number):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(len(TILES)), ids=lambda number: name(TILES[number][0]))
 def test_every_tile(number):
-    run_tile(*TILES[number], ("float16", "bfloat16")[number % 2], (0, 1, 2 + number % 5))
+    run_tile(*TILES[number], ("float16", "bfloat16")[number % 2], (0, 1 + number % 5))
 
 
 @emulated
@@ -131,7 +138,6 @@ def test_fused_activation():
     with only(*SMALL):
         case = Case((2, 37, 8), (3, 8, 16), "bfloat16", padding="same")
         case.check_forward(trace(), "relu")
-        case.check_forward(trace(), "hard_sigmoid", bias=False)
 
 
 @emulated
@@ -160,6 +166,7 @@ def test_what_no_output_reads_does_not_matter():
 
 
 @emulated
+@pytest.mark.exhaustive
 def test_indices_beyond_32_bits():
     """x and y have 2**31 elements and more; only the last block runs, on memory that exists where it is touched."""
     n, c = 2**28 + 77, 8
@@ -188,7 +195,7 @@ def copied(runtime):
 
 
 @emulated
-@pytest.mark.parametrize("dilation_rate, order", [(1, "halo"), (3, "halo"), (3, "phase"), (32, "phase")])
+@pytest.mark.parametrize("dilation_rate, order", [(1, "halo"), (32, "phase")])
 def test_bytes_are_those_of_the_model(dilation_rate, order):
     """Every input once a tile, however many taps: what the plan says, but for padding, which is not fetched."""
     case = Case((2, 512, 64), (3, 64, 64), "float16", padding="same", dilation_rate=dilation_rate)
@@ -255,7 +262,7 @@ PLANTS = [
     ("runs without a gap", "const Index place = m + (m0 % p.run + m) / p.run * p.gap;", "const Index place = m;",
      sequences, WRONG),
     ("padding not zeroed", "if (read && within(first[LAST], p.in[LAST])) {", "if (read) {", sequences, "bounds"),
-    ("padding of another axis not zeroed", "inside &= within(first[a] + rest % reaches[a] * p.dilation[a], p.in[a]);",
+    ("padding of another axis not zeroed", "inside &= within(first[a] + rest % taps_of[a] * p.dilation[a], p.in[a]);",
      "", images, "bounds"),
     ("the sources of the first tap", "inside && source.taps >> x_tap & 1", "inside && source.taps & 1", images,
      "bounds"),

@@ -269,6 +269,23 @@ def test_every_dtype(dtype, data_format):
 FORMATS = ("channels_last", "channels_first")
 
 
+@pytest.mark.parametrize(
+    "x_shape, w_shape, options",
+    [
+        ((2, 21, 128), (3, 128, 40), {"padding": "same", "dilation_rate": 2}),
+        ((1, 3, 7, 64), (2, 2, 64, 40), {"strides": 2, "padding": "same"}),
+        ((2, 64, 21), (3, 64, 40), {"padding": "same", "data_format": "channels_first"}),
+    ],
+    ids=name,
+)
+def test_channels_of_whole_steps(x_shape, w_shape, options):
+    """Where all copies of a step have the same tap, it changes between passes of the loop."""
+    with only("float16", TENSOR_TILES[-1]):
+        runtime = trace()
+        Case(x_shape, w_shape, "float16", **options).check_forward(runtime)
+    assert dict(runtime.launches[0].constants)["WHOLE"] == 1
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("number", range(len(TILES)), ids=lambda number: "-".join(map(name, TILES[number])))

@@ -89,7 +89,7 @@ PLANTS = [
     Plant("nothing staged at first", "conv_simt.cu", "  stage(0);\n", "", forward, ("uninitialised",)),
     Plant("no zero fill of x", "conv_simt.cu", "(origin[i] + offset), inside)", "(origin[i] + offset), true)", forward,
           ("bounds",)),
-    Plant("no zero fill of w", "conv_simt.cu", "at < BK * VECTORS_N && k < p.depth && n < p.columns",
+    Plant("no zero fill of w", "conv_simt.cu", "at < BK * VECTORS_N && k < end && n < p.columns",
           "at < BK * VECTORS_N && n < p.columns", forward, ("bounds",)),
     Plant("one input too many", "common.cuh", "{ return unsigned(at) < unsigned(size); }",
           "{ return unsigned(at) <= unsigned(size); }", forward, ("bounds",)),
@@ -136,6 +136,10 @@ def tensor_steps(runtime):
     Case((2, 41, 72), (2, 72, 40), "bfloat16").check_forward(runtime)
 
 
+def tensor_whole(runtime):
+    Case((2, 41, 64), (3, 64, 40), "bfloat16", padding="same").check_forward(runtime)
+
+
 def odd_tensor(runtime):
     Case((2, 41, 13), (15, 13, 39), "float16", padding="same").check_forward(runtime)
 
@@ -143,22 +147,26 @@ def odd_tensor(runtime):
 TENSOR_PLANTS = [
     Plant("a group too early", "conv_mma.cu", "copy_async_wait<STAGES - 2>", "copy_async_wait<STAGES - 1>", tensor,
           ("pending",)),
-    Plant("no barrier in the loop", "conv_mma.cu", "wait<STAGES - 2>();\n    __syncthreads();",
+    Plant("no barrier in the loop", "conv_mma.cu", "wait<STAGES - 2>();\n      __syncthreads();",
           "wait<STAGES - 2>();", tensor, ("race",)),
     Plant("a stage that is still read", "conv_mma.cu", "if (more) fetch(ahead);", "if (more) fetch(stage);", tensor,
           ("race",)),
-    Plant("copies without zeros", "conv_mma.cu", "inside[j] >> i & 1);", "true);", tensor, ("bounds",)),
-    Plant("rows behind the last", "conv_mma.cu", "i * W_STEP < w_left);", "true);", tensor, ("bounds",)),
-    Plant("columns behind the last", "conv_mma.cu", "if (n0 + w_column >= p.columns) w_left = 0;", "", tensor,
+    Plant("copies without zeros", "conv_mma.cu", "inside[j][i]);", "true);", tensor, ("bounds",)),
+    Plant("rows behind the last", "conv_mma.cu", "WHOLE ? w_inside : i * W_STEP < w_left);", "w_inside);", tensor,
           ("bounds",)),
+    Plant("columns behind the last", "conv_mma.cu", "const bool w_inside = n0 + w_column < p.columns;",
+          "const bool w_inside = true;", tensor, ("bounds",)),
+    Plant("a tap for too long", "conv_mma.cu", "    same = p.channels / BK;\n", "", tensor_whole, ("hang",)),
+    Plant("the next tap without its channels", "conv_mma.cu", "depth[j].channel = p.channels + slot_k(j);",
+          "depth[j].channel = slot_k(j);", tensor_whole, (WRONG,)),
     Plant("the channels of the step before", "conv_mma.cu", "offset[j] += BK * step_c;", "", tensor_steps, (WRONG,)),
     Plant("another swizzle to read", "mma.cuh", "swizzle<X_ROW>(warp.m + lane % 16, lane / 16 * 16)",
           "swizzle<X_ROW>(warp.m + lane % 16 + 2, lane / 16 * 16) - 2 * X_ROW", tensor, (WRONG,)),
     Plant("halves of b exchanged", "mma.cuh", "b[j][1] = two[1], b[j + 1][0] = two[2]",
           "b[j][1] = two[2], b[j + 1][0] = two[1]", tensor, (WRONG,)),
-    Plant("y over what is still read", "conv_mma.cu", "copy_async_wait<0>();\n  __syncthreads();",
+    Plant("y over what is still read", "conv_mma.cuh", "copy_async_wait<0>();\n  __syncthreads();",
           "copy_async_wait<0>();", tensor, ("race",)),
-    Plant("y before it is there", "conv_mma.cu", "  __syncthreads();\n  for (int at", "  for (int at", tensor,
+    Plant("y before it is there", "conv_mma.cuh", "  __syncthreads();\n  Y* y = p.y;", "  Y* y = p.y;", tensor,
           ("race",)),
     Plant("stored before the product", "conv_mma.cu", "    if (more) put(ahead);\n", "    if (more) put(stage);\n",
           odd_tensor, ("race",)),

@@ -47,6 +47,7 @@ class Gate:
         lacks: instructions that must not.
         loop: opcodes, and the share of the main loop's instructions that they must have.
         loop_needs: instructions that must occur in that loop.
+        integers: share of that loop's instructions that may be on integers and addresses.
         paired: that loop loads and stores 16 bytes at a time, one load for each store, and nothing else.
         since, until: the first and the last compute capability that it holds for.
     """
@@ -58,6 +59,7 @@ class Gate:
     lacks: tuple[str, ...] = ()
     loop: tuple[tuple[str, ...], float] = ((), 0.0)
     loop_needs: tuple[str, ...] = ()
+    integers: float = 1.0
     paired: bool = False
     since: tuple[int, int] = (7, 5)
     until: tuple[int, int] = (99, 9)
@@ -71,6 +73,8 @@ LAST = conv_shape((32, 64, 64, 256), (3, 3, 256, 256), padding="same")
 FIRST = conv_shape((32, 256, 64, 64), (3, 3, 256, 256), padding="same", data_format="channels_first")
 CUBES = conv_shape((8, 16, 32, 32, 256), (3, 3, 3, 256, 256), padding="same")
 SEQUENCE = conv_shape((8, 16384, 128), (2, 128, 256), padding="causal", dilation_rate=512)
+# No input has two taps: the kernel that loads inputs once a tap.
+PATCHES = conv_shape((32, 64, 64, 256), (2, 2, 256, 512), strides=2)
 STRIDED = conv_shape((32, 128, 128, 256), (4, 4, 256, 256), strides=2, padding="same")
 
 
@@ -143,16 +147,18 @@ GATES = (
         Gate(
             f"conv {name} on tensor cores",
             _conv(shape, dtype),
-            216,
+            255,
             ("STG.128",),
             loop=(("HMMA",), share),
             loop_needs=("LDSM", *copies),
+            integers=integers,
             since=(8, 0),
         )
-        for name, shape, dtype, share, copies in (
-            ("float16", LAST, "float16", 0.15, ("LDGSTS.128",)),
-            ("bfloat16 sequences", SEQUENCE, "bfloat16", 0.15, ("LDGSTS.128",)),
-            ("bfloat16 channels_first", FIRST, "bfloat16", 0.07, ("LDGSTS.128", "STS")),
+        for name, shape, dtype, share, copies, integers in (
+            ("float16", LAST, "float16", 0.30, ("LDGSTS.128",), 0.25),
+            ("bfloat16 sequences", SEQUENCE, "bfloat16", 0.30, ("LDGSTS.128",), 0.25),
+            ("bfloat16 of a stride", PATCHES, "bfloat16", 0.26, ("LDGSTS.128",), 0.25),
+            ("bfloat16 channels_first", FIRST, "bfloat16", 0.07, ("LDGSTS.128", "STS"), 1.0),
         )
     ),
     *(
@@ -213,6 +219,17 @@ MISSED: dict[tuple[str, str], str] = {
     ("conv bfloat16 channels_first on tensor cores", "sm_120"): (
         "4 % of the loop is HMMA: its plan has 128x64 sums, half of those elsewhere, with the same copies of x"
     ),
+    **{
+        (f"conv {name} on tensor cores", "sm_120"): "0.4 of a step of 16 products of a warp is on integers"
+        for name in ("float16", "bfloat16 sequences", "bfloat16 of a stride")
+    },
+    ("conv bfloat16 of a stride on tensor cores", "sm_86"): "0.42 of a step of 16 products of a warp is on integers",
+    ("conv bfloat16 of a stride on tensor cores", "sm_80"): "0.254 of the loop is on integers",
+    (
+        "conv bfloat16 of a stride on tensor cores",
+        "sm_90",
+    ): "0.28 of the loop is on integers: addresses are computed anew",
+    ("conv bfloat16 of a stride on tensor cores", "sm_90a"): "as sm_90",
 }
 
 
@@ -261,6 +278,8 @@ def _complaints_about_instructions(gate: Gate, function: Function) -> list[str]:
         if loop.share(*names) < share:
             found.append(f"{loop.share(*names):.3f} of the main loop is {' or '.join(names)}, of {loop.mix()}")
         found += [f"no {what} in the main loop" for what in gate.loop_needs if not loop.count(*what.split("."))]
+        if loop.share(*disassembly.INTEGER) > gate.integers:
+            found.append(f"{loop.share(*disassembly.INTEGER):.3f} of the main loop is on integers, of {loop.mix()}")
         counts = [loop.count(*what) for what in (("LDG",), ("LDG", "128"), ("STG",), ("STG", "128"))]
         if gate.paired and (counts[0] == 0 or len(set(counts)) > 1):
             found.append("the main loop has {} loads, {} of 16 bytes, and {} stores, {} of 16 bytes".format(*counts))
@@ -316,6 +335,7 @@ PLANTED = {
     "narrow stores": ({"BLOCKS": 1, "NARROW": None}, {}, "no STG.128"),
     "loop": ({"BLOCKS": 1}, {"loop": (("FFMA",), 0.999)}, "of the main loop is FFMA"),
     "loop needs": ({"BLOCKS": 1}, {"loop_needs": ("SHFL",)}, "no SHFL in the main loop"),
+    "integers": ({"BLOCKS": 1}, {"integers": 0.001}, "of the main loop is on integers"),
     "not paired": ({"BLOCKS": 1}, {"paired": True}, "and 0 stores, 0 of 16 bytes"),
     "unwanted": ({"BLOCKS": 1}, {"lacks": ("BAR",)}, "1 BAR"),
 }

@@ -24,7 +24,6 @@ from cuconv.plan.simt import CHOICE_FACTOR, Operands, Product
 from cuconv.plan.types import (
     ELEMENTS,
     INT32_MAX,
-    REGISTERS_PER_THREAD,
     VECTOR_BYTES,
     WARP,
     Cost,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from cuconv.plan.conv import Form
 
 MOST_OUTER = 32  # taps of the other axes: a source has a bit for each
+MOST_REGISTERS = 248  # no tile needs more, by tests/test_static_gates.py
 PITCH_PADDING = 16  # bytes of a row of xs
 ALIGNMENT = 8  # rows: runs begin at multiples of it, so that 8 positions in any runs meet no bank twice
 
@@ -99,6 +99,7 @@ class _Candidate:
     wm: int
     wn: int
     stages: int
+    index_bytes: int
     positions: int
     blocks_m: int
     blocks_n: int
@@ -158,7 +159,6 @@ def plan_halo(
     order = best.order
     result_bytes, y_aligned = (element.bytes, aligned[2]) if most == 1 else (element.sum_bytes, 0)
     parts = (best.chunk, form.count) if most > 1 else ()
-    width = max(other.index_bytes, index_bytes(best.positions + 256))
     known = dict(other.constants)
     shape = form.shape
     return dataclasses.replace(
@@ -166,7 +166,7 @@ def plan_halo(
         kernel="conv_halo",
         constants=(
             ("ELEMENT", element.c_type),
-            ("INDEX", "int" if width == 4 else "long long"),
+            ("INDEX", "int" if best.index_bytes == 4 else "long long"),
             *((name, known[name]) for name in ("RANK", "CHANNELS_FIRST", "UPSAMPLED", "SPLIT", "ACTIVATION")),
             ("BM", best.bm),
             ("BN", best.bn),
@@ -198,6 +198,7 @@ def plan_halo(
             *form.span,
             *parts,
             order.taps,
+            math.prod(shape.kernel_size[:-1]),
             order.strands,
             order.run,
             order.unit,
@@ -208,7 +209,7 @@ def plan_halo(
         ),
         grid=(best.blocks, 1, 1),
         block=(best.threads, 1, 1),
-        index_bytes=width,
+        index_bytes=best.index_bytes,
         shared_bytes=best.shared_bytes,
         dynamic_shared_bytes=best.shared_bytes,
         registers=best.registers,
@@ -263,23 +264,24 @@ def _candidate(
     if vectors_n > threads or threads % vectors_n or threads % vectors_k:
         return None
     rows = order.rows_p * order.places(bm)
-    source_bytes = 8 if other.index_bytes == 4 else 16
-    staged = stages * bk * bn * element.bytes + rows * (2 * (bk * element.bytes + PITCH_PADDING) + source_bytes)
+    outer = math.prod(shape.kernel_size[:-1])
+    runs = shape.batch * math.prod(shape.out_size[:-1]) * order.strands
+    positions = runs * order.run
+    index = max(other.index_bytes, index_bytes(positions + 256))
+    staged = (
+        stages * bk * bn * element.bytes + rows * (2 * (bk * element.bytes + PITCH_PADDING) + 2 * index) + outer * index
+    )
     result_bytes = element.bytes if most == 1 else element.sum_bytes
     shared_bytes = max(staged, bm * (bn + mma.RESULT_PADDING) * result_bytes)
     if shared_bytes > limits.shared_bytes:
         return None
     loads = -(-bk * vectors_n // threads)
     registers = -(-(wm * wn // WARP + (wm + wn) // 4 + wm // 16 + 2 * loads + 56) // 8) * 8
-    if registers > REGISTERS_PER_THREAD - 16:
-        return None
+    registers = min(registers, MOST_REGISTERS)
     min_blocks = 1
-    if threads == 256 and wm * wn == 64 * WARP and other.index_bytes == 4:
+    if threads == 256 and wm * wn == 64 * WARP and index == 4:
         min_blocks, registers = 2, min(registers, 128)
 
-    outer = math.prod(shape.kernel_size[:-1])
-    runs = shape.batch * math.prod(shape.out_size[:-1]) * order.strands
-    positions = runs * order.run
     blocks_m, blocks_n = -(-positions // bm), -(-form.columns // bn)
     panels = outer * -(-channels // bk)
     chunk = -(-panels // most)
@@ -291,7 +293,7 @@ def _candidate(
     depth = chunk * order.taps * bk  # of a block; steps of every tap are whole
     rows_step = order.rows(runs, bm) / (max(1, blocks_m) * order.taps)
     least_bytes = other.cost.least_bytes if other.cost else 0
-    operands = Operands(VECTOR_BYTES // 2, VECTOR_BYTES // 2, False, False, other.index_bytes, shape.rank, least_bytes)
+    operands = Operands(VECTOR_BYTES // 2, VECTOR_BYTES // 2, False, False, index, shape.rank, least_bytes)
     product = Product(positions, form.columns, depth, shape.groups)
     cost = mma.cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads, blocks, held, rows=rows_step)
     cost = dataclasses.replace(cost, least_flops=2 * form.products)
@@ -303,6 +305,7 @@ def _candidate(
         wm,
         wn,
         stages,
+        index,
         positions,
         blocks_m,
         blocks_n,
