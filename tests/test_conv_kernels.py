@@ -43,13 +43,16 @@ def only(dtype: str, tile):
     simt_tiles, choose = {ELEMENTS[dtype].sum_bytes: (tile,)}, lambda *arguments: simt.choose_tile(*arguments[:-1])
     if on_tensor_cores(tile):
         simt_tiles, choose = {}, mma.choose_tile
+    no_other = mock.Mock(side_effect=PlanError("only that tile"))
+    gradients = plan_conv_module.plan_on_tensor_cores if on_tensor_cores(tile) else no_other
     with (
         mock.patch.dict(simt.TILES, simt_tiles),
         mock.patch.object(mma, "TILES", (tile[:4],)),
         mock.patch.object(mma, "STEPS", (tile[4:],)),
         mock.patch.object(mma, "LEAST_DEPTH", 1),
         mock.patch.object(plan_conv_module, "_choose", choose),
-        mock.patch.object(plan_conv_module, "plan_narrow", side_effect=PlanError("only that tile")),
+        mock.patch.object(plan_conv_module, "plan_narrow", no_other),
+        mock.patch.object(plan_conv_module, "plan_on_tensor_cores", gradients),
     ):
         forget_plans()
         yield
