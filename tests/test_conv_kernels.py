@@ -329,7 +329,8 @@ def test_splits_are_added_in_their_order():
     case = Case((3, 700, 2), (3, 2, 4), padding="same")
     for case.workspace, splits in ((1 << 20, True), (0, False), (24 * 4 * 3, True)):
         runtime = trace()
-        case.check_kernel_grad(runtime)
+        with only("float32", simt.TILES[4][-1]):
+            case.check_kernel_grad(runtime)
         assert [plan.kernel for plan in runtime.launches] == ["kernel_grad_simt", "reduce_splits"][: 1 + splits]
         if splits:
             assert runtime.launches[1].integers[0] * 24 * 4 <= case.workspace
