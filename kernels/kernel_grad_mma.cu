@@ -92,10 +92,10 @@ struct Transfer {
 
 // ---- the product of a warp --------------------------------------------------------------------------------------
 
-// Which sums a lane has. In channels_last words are read in runs: a lane's rows of 4 mma halves are neighbours, of double
-// those of 2, and its columns of 2 mma.
+// Which sums a lane has. In channels_last words are read in runs: a lane's rows of 4 mma halves are neighbours, and its
+// columns of 2 mma; of double the rows of 2 and the columns of one, so that a run has 16 bytes of results.
 constexpr bool RUNS = WORDS && !CHANNELS_FIRST;
-constexpr int X_RUN = RUNS ? smaller(16 / sizeof(E), 2 * TM) : 1, W_RUN = RUNS ? 2 : 1;
+constexpr int X_RUN = RUNS ? smaller(16 / sizeof(E), 2 * TM) : 1, W_RUN = RUNS ? 8 / sizeof(E) : 1;
 
 struct Owner : Warp {
   __device__ __forceinline__ explicit Owner(int thread) : Warp(thread) {}

@@ -173,9 +173,30 @@ TENSOR_PLANTS = [
 ]  # fmt: skip
 
 
+# Double, whose fragments are read element by element.
+SMALL_DOUBLE = (32, 32, 16, 16, 128, 3)
+
+
+def double(runtime):
+    Case((2, 41, 24), (2, 24, 40), "float64", padding="same").check_forward(runtime)
+
+
+DOUBLE_PLANTS = [
+    Plant("words as chunks", "conv_mma.cu", "swizzle<X_ROW, X_WORDS>(row0", "swizzle<X_ROW>(row0", double, (WRONG,)),
+    Plant("halves of a in each other's place", "mma.cuh", "^ r / 2 * 32)", "^ (1 - r / 2) * 32)", double, (WRONG,)),
+    Plant("halves of w in one place", "mma.cuh", "(k + r * 4) * W_ROW", "k * W_ROW", double, (WRONG,)),
+    Plant("operands rounded to float", "mma.cuh", "ptx::multiply_double(acc, a, b);",
+          "ptx::multiply_double(acc, a, {float(b[0]), float(b[1])});", double, (WRONG,)),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "bug, dtype, tile",
-    [*((bug, "float32", SMALL) for bug in PLANTS), *((bug, "bfloat16", SMALL_TENSOR) for bug in TENSOR_PLANTS)],
+    [
+        *((bug, "float32", SMALL) for bug in PLANTS),
+        *((bug, "bfloat16", SMALL_TENSOR) for bug in TENSOR_PLANTS),
+        *((bug, "float64", SMALL_DOUBLE) for bug in DOUBLE_PLANTS),
+    ],
     ids=str,
 )
 def test_planted_bug_is_caught(bug, dtype, tile):
@@ -185,7 +206,8 @@ def test_planted_bug_is_caught(bug, dtype, tile):
 
 
 def test_without_a_bug_nothing_is_caught():
-    for plants, dtype, tile in ((PLANTS, "float32", SMALL), (TENSOR_PLANTS, "bfloat16", SMALL_TENSOR)):
+    all_plants = (PLANTS, "float32", SMALL), (TENSOR_PLANTS, "bfloat16", SMALL_TENSOR)
+    for plants, dtype, tile in (*all_plants, (DOUBLE_PLANTS, "float64", SMALL_DOUBLE)):
         with only(dtype, tile):
             for run in {bug.run for bug in plants}:
                 assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()

@@ -7,7 +7,6 @@ of each kernel, and here to its own bound.
 
 import functools
 import inspect
-from unittest import mock
 
 import emulator
 import numpy as np
@@ -22,12 +21,10 @@ from cuconv import ops, reference
 from cuconv.cuda.engine import Engine
 from cuconv.cuda.tape import Recorder
 from cuconv.geometry import conv_shape
-from cuconv.plan import conv as conv_plans
 from cuconv.plan import mma
 from cuconv.plan.conv import plan_conv, plan_kernel_grad
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.transpose import plan_transpose
-from cuconv.plan.types import PlanError
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -65,7 +62,7 @@ def errors(numbers: str, depth: int, tile, gradient: bool = False, seeds: int = 
             with kernel_grads.on_tensor_cores(tile[:4], precision=3):
                 actual = case.kernel_grad(runtime)
         else:
-            with only("float32", tile), mock.patch.object(conv_plans, "plan_on_tensor_cores", side_effect=PlanError):
+            with only("float32", tile):
                 actual = case.kernel_grad(runtime) if gradient else case.forward(runtime, bias=False)
         off.append(np.abs(actual[0] - x @ y) / (abs(x) @ abs(y)) * 2**23)
     return float(np.max(off)), float(np.sqrt(np.mean(np.square(off))))
