@@ -85,6 +85,7 @@ def _candidate(
     shared = weights * element.sum_bytes + staged * element.bytes
     registers = -(-((outputs + chunk) * width + REGISTERS_BESIDE) // 8) * 8
     registers += 0 if activation in CHEAP_ACTIVATIONS else 24
+    registers += 24 if limits.capability >= (10, 0) else 0  # whose multiply-adds take registers in pairs
     blocks = min(8, max(1, REGISTERS_PER_MULTIPROCESSOR // (THREADS * registers)))
 
     # Of a thread, as ptxas makes them for sm_90.
