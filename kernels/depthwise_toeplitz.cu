@@ -34,7 +34,8 @@
 
 #include "depthwise_tiles.cuh"
 
-// Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   OUTER taps of the outer axis,
+// Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   PHASED 1 for phases in
+//   place of the outer axis, of which there are else OUTER taps,
 //   K of the inner   PHASE inputs before the first that are staged, for alignment   BC   NB blocks of 8 outputs of a strip
 //   VEC neighbouring elements of an access to x and w, YV to y: channels, or positions of channels_first
 constexpr int THREADS = 128, WARPS = THREADS / 32, STRIPS = 16;
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz
         const int group = CHANNELS_FIRST ? piece / PIECES : piece % GROUPS;
         const int place = (CHANNELS_FIRST ? piece % PIECES : piece / GROUPS) * WIDTH;
         const int row = SEQUENCE ? 0 : place / IN_ROW, column = place - row * IN_ROW;
-        const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step;
+        const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step + (PHASED ? at0 : 0);
         const bool inside = piece < PIECES * GROUPS && group * CV < channels && within(at0, p.outer.source) &&
                             column < NEEDED;
         const E* piece_from =
@@ -252,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz
     const int group = CHANNELS_FIRST ? piece / PIECES : piece % GROUPS;
     const int place = (CHANNELS_FIRST ? piece % PIECES : piece / GROUPS) * WIDTH;
     const int row = SEQUENCE ? 0 : place / OUTPUTS, column = place - row * OUTPUTS;
-    const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step;
+    const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step + (PHASED ? at0 : 0);
     const bool inside = group * CV < channels && at0 < p.outer.target;
     const E* channel = xs + x_at(group * CV) + row * PITCH + column;
     E* piece_to = to + (group * CV * p.target_channel + at0 * p.outer.target_pitch + at1 * p.inner.target_pitch);

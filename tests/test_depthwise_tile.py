@@ -50,6 +50,7 @@ QUICK = {
     # Each with something of its own.
     "one axis": Case((150,), (31,), 40, padding="same"),  # two tiles, channels that fill no tile, a rest of taps
     "dilated": Case((70,), (16,), padding="causal", dilation_rate=3),
+    "many phases": Case((90,), (11,), padding="causal", dilation_rate=10, transposed=True, batch=1),
     "transposed": Case((60,), (9,), padding="causal", dilation_rate=2, transposed=True),
     "odd channels": Case((40,), (11,), 13, padding=((50, 3),)),
     "two axes": Case((11, 38), (7, 7), padding="same", batch=1),

@@ -102,6 +102,7 @@ QUICK = {
     "last": Case((700,), (31,), 40, padding="same"),  # two tiles, channels that fill no tile
     "last, dilated": Case((150,), (33,), 24, "float16", padding="causal", dilation_rate=4),
     "last, transposed": Case((90,), (31,), 16, padding="causal", dilation_rate=2, transposed=True),
+    "last, many phases": Case((200,), (31,), 16, padding="same", dilation_rate=20, batch=1),
     "last, odd channels": Case((60,), (40,), 13, "float16", padding=((50, 3),)),
     "first": Case((200,), (31,), 17, padding="same", data_format=FIRST),  # PHASE 1
     "first, transposed": Case((90,), (35,), 16, padding="causal", data_format=FIRST, transposed=True),
