@@ -14,7 +14,7 @@ import test_depthwise_toeplitz as toeplitz
 from compare import assert_close
 from emulated import EmulatedRuntime
 from planted import planted
-from test_depthwise_toeplitz import ALIGNED, FIRST, WRONG, needs_nvrtc, trace, what_catches
+from test_depthwise_toeplitz import ALIGNED, FIRST, WRONG, needs_nvrtc, some, trace, what_catches
 
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.geometry import depthwise_shape
@@ -59,7 +59,7 @@ QUICK = {
 
 
 @emulated
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", some(QUICK, ("one axis", "many phases", "two axes")))
 def test_problem(name):
     with only():
         QUICK[name].check(trace())
@@ -96,17 +96,13 @@ def test_every_number_of_taps(taps):
 
 @emulated
 def test_tiny():
-    for size, taps, channels, options in (
-        ((1,), (31,), 1, {"padding": "same"}),
-        ((3,), (9,), 2, {"padding": ((30, 20),)}),  # outputs that read padding alone
-        ((1, 5), (5, 1), 3, {"padding": "same"}),
-    ):
-        with only():
-            Case(size, taps, channels, **options).check(trace())
+    with only():
+        Case((3,), (9,), 2, padding=((30, 20),)).check(trace())  # outputs that read padding alone
+        Case((1, 5), (5, 1), 3, padding="same").check(trace())
 
 
 @emulated
-@pytest.mark.parametrize("offset", [1, 2])
+@pytest.mark.parametrize("offset", some((1, 2), (1,)))
 def test_arrays_that_begin_anywhere(offset):
     case = Case((40,), (9,), batch=1, padding="same")
     for name in ("x", "w", "bias"):
@@ -121,7 +117,7 @@ def test_arrays_that_begin_anywhere(offset):
 
 
 @emulated
-@pytest.mark.parametrize("name", ["dilated", "two axes"])
+@pytest.mark.parametrize("name", some(("dilated", "two axes"), ("two axes",)))
 def test_one_nan_reaches_exactly_what_reads_it(name):
     case = QUICK[name]
     clean, kept = case.expected(), case.x.copy()
@@ -234,7 +230,7 @@ def test_dilation_costs_nothing():
 
 
 @emulated
-@pytest.mark.parametrize("size, taps", [((256,), (16,)), ((16, 28), (7, 7))])
+@pytest.mark.parametrize("size, taps", [((256,), (16,)), pytest.param((16, 28), (7, 7), marks=pytest.mark.exhaustive)])
 def test_no_bank_conflicts_and_no_sector_too_many(size, taps):
     case = Case(size, taps, 32, batch=1, padding="same")
     runtime = trace()
@@ -259,7 +255,7 @@ def function_of(plan, arch):
 )
 def test_machine_code(arch):
     limits = next(each for each in DEVICES.values() if each.arch == arch)
-    for shape, outputs, least in ((CONFORMER, 32, 0.85), (CONVNEXT, 16, 0.8)):
+    for shape, outputs, least in ((CONFORMER, 32, 0.85), (CONVNEXT, 16, 0.8))[: 1 if arch == "sm_90" else 2]:
         with only(outputs, 32):
             plan = plan_tile(problem_of(shape, "float32", limits), "relu", ALIGNED)
         function = function_of(plan, arch)
@@ -315,7 +311,7 @@ PLANTS = [
     ("channels too many", "if (c >= tile.channels ||", "if (", one, None),
     ("the bias of another channel", "value(p.bias + tile.c0 + c + v)", "value(p.bias + tile.c0 + c)", one, WRONG),
 ]  # fmt: skip
-QUICK_PLANTS = ("no barrier", "a tap for its neighbour")
+QUICK_PLANTS = ("no barrier",)
 
 
 @emulated

@@ -115,14 +115,16 @@ QUICK = {
 }
 
 
-RARE = ("last, odd channels", "first, odd length", "last, two axes, transposed", "last, two axes, dilated",
-        "first, two axes, dilated")  # fmt: skip
+DEFAULT = ("last", "last, many phases", "first, transposed", "last, two axes", "first, two axes")
+
+
+def some(names, default):
+    """Parameters of a test, all but the `default` ones exhaustive."""
+    return [pytest.param(name, marks=[] if name in default else pytest.mark.exhaustive) for name in names]
 
 
 @emulated
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in RARE else name for name in QUICK]
-)
+@pytest.mark.parametrize("name", some(QUICK, DEFAULT))
 def test_problem(name):
     with only():
         QUICK[name].check(trace())
@@ -169,9 +171,7 @@ def test_most_taps():
 
 
 @emulated
-@pytest.mark.parametrize(
-    "activation", ["relu", "gelu", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in ACTIVATION_CODES)]
-)
+@pytest.mark.parametrize("activation", some(ACTIVATION_CODES, ("relu",)))
 def test_activation(activation):
     case = Case((50,), (31,), batch=1, padding="same")
     case.w = (case.w / 4).astype(case.w.dtype)
@@ -180,22 +180,25 @@ def test_activation(activation):
         case.check(trace(), activation, bias=False)
 
 
+TINY = {
+    "one output": Case((1,), (31,), 1, padding="same"),
+    "padding alone": Case((3,), (9,), 2, padding=((30, 20),)),
+    "phases of one": Case((40,), (3,), 4, padding="causal", dilation_rate=100),
+    "one output of two axes": Case((1, 1), (7, 7), 1, padding="same", data_format=FIRST),
+    "one tap": Case((1, 5), (5, 1), 2, padding="same"),
+}
+
+
 @emulated
-def test_tiny():
-    for size, taps, channels, options in (
-        ((1,), (31,), 1, {"padding": "same"}),
-        ((3,), (9,), 2, {"padding": ((30, 20),)}),  # outputs that read padding alone
-        ((40,), (3,), 4, {"padding": "causal", "dilation_rate": 100}),
-        ((1, 1), (7, 7), 1, {"padding": "same", "data_format": FIRST}),
-        ((1, 5), (5, 1), 2, {"padding": "same"}),
-    ):
-        with only(1):
-            Case(size, taps, channels, **options).check(trace())
+@pytest.mark.parametrize("name", some(TINY, ("padding alone",)))
+def test_tiny(name):
+    with only(1):
+        TINY[name].check(trace())
 
 
 @emulated
 @pytest.mark.parametrize("data_format", ["channels_last", FIRST])
-@pytest.mark.parametrize("offset", [1, pytest.param(2, marks=pytest.mark.exhaustive), 4])
+@pytest.mark.parametrize("offset", some((1, 2, 4), (1,)))
 def test_arrays_that_begin_anywhere(offset, data_format):
     """Contiguous views that a 16-byte access could not start at; what lies around them is NaN."""
 
@@ -218,8 +221,15 @@ def test_arrays_that_begin_anywhere(offset, data_format):
 
 
 @emulated
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["last, dilated", "first, odd length", "last, two axes"])
+@pytest.mark.parametrize(
+    "name, poison",
+    [
+        ("first, odd length", np.nan),
+        ("last, two axes", np.inf),
+        pytest.param("last, dilated", np.nan, marks=pytest.mark.exhaustive),
+        pytest.param("last, many phases", np.inf, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_poisoned_input_reaches_what_reads_it_and_nothing_else(name, poison):
     """Though zeros beside the band meet it."""
     case = QUICK[name]
@@ -255,9 +265,7 @@ def test_the_same_bits_in_any_order_of_threads():
 
 
 @emulated
-@pytest.mark.parametrize(
-    "device", ["A100", *(pytest.param(d, marks=pytest.mark.exhaustive) for d in ("RTX 4090", "B200"))]
-)
+@pytest.mark.parametrize("device", some(("A100", "RTX 4090", "B200"), ("A100",)))
 def test_other_architectures(device):
     Case((80,), (31,), 16, batch=1, padding="same").check(trace(limits=DEVICES[device]))
 
@@ -297,7 +305,7 @@ def end_of_a_large_array(runtime, data_format, bytes_of_index=None):
 
 
 @emulated
-@pytest.mark.parametrize("data_format", ["channels_last", FIRST])
+@pytest.mark.parametrize("data_format", some(("channels_last", FIRST), ("channels_last",)))
 def test_indices_beyond_32_bits(data_format):
     assert end_of_a_large_array(EmulatedRuntime(LIMITS), data_format).index_bytes == 8
 
@@ -371,19 +379,18 @@ def test_dilation_costs_nothing():
 
 # --- Traffic -----------------------------------------------------------------------------------------------------
 
+WHOLE = {
+    "last": Case((640,), (31,), 32, batch=1, padding="same"),
+    "last, two axes": Case((24, 56), (7, 7), 32, batch=1, padding="same"),
+    "first": Case((640,), (31,), 32, batch=1, padding="same", data_format=FIRST),
+    "first, two axes": Case((24, 56), (7, 7), 32, batch=1, padding="same", data_format=FIRST),
+}
+
 
 @emulated
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((640,), (31,), 32, batch=1, padding="same"),
-        Case((24, 56), (7, 7), 32, batch=1, padding="same"),
-        Case((640,), (31,), 32, batch=1, padding="same", data_format=FIRST),
-        Case((24, 56), (7, 7), 32, batch=1, padding="same", data_format=FIRST),
-    ],
-    ids=["last", "last, two axes", "first", "first, two axes"],
-)
-def test_no_bank_conflicts_and_no_sector_too_many(case):
+@pytest.mark.parametrize("name", some(WHOLE, ("last", "first, two axes")))
+def test_no_bank_conflicts_and_no_sector_too_many(name):
+    case = WHOLE[name]
     with only(7 if len(case.shape.in_size) == 2 else 5, 32):
         runtime = trace()
         case.check(runtime, bias=False)
@@ -414,7 +421,7 @@ def has_no_stack(plan, arch):
 
 @needs_nvrtc
 @pytest.mark.skipif(disassembly.missing() is not None, reason=str(disassembly.missing()))
-@pytest.mark.parametrize("name", ["Conformer", "StripedHyena", "ConvNeXt"])
+@pytest.mark.parametrize("name", some(("Conformer", "StripedHyena", "ConvNeXt"), ("Conformer", "ConvNeXt")))
 def test_machine_code(name):
     shape, _ = LAYERS[name]
     plan = plans.plan_depthwise(shape, "bfloat16", "linear", ALIGNED, LIMITS)
@@ -522,7 +529,7 @@ def what_catches(run, runtime):
     return set()
 
 
-QUICK_PLANTS = ("no barrier before the products", "leaks are kept", "outputs over inputs that are still read")
+QUICK_PLANTS = ("no barrier before the products", "leaks are kept")
 
 
 @emulated
@@ -551,7 +558,7 @@ def test_without_a_bug_nothing_is_caught():
 def test_bank_conflicts_are_seen():
     right, errors = "CHANNELS_FIRST ? 0 : larger(8, 64 / GROUPS)", (AssertionError, emulator.EmulationError)
     with planted("depthwise_toeplitz.cu", right, "0 * GROUPS"), pytest.raises(errors):
-        test_no_bank_conflicts_and_no_sector_too_many(Case((640,), (31,), 32, batch=1, padding="same"))
+        test_no_bank_conflicts_and_no_sector_too_many("last")
 
 
 @emulated
