@@ -10,10 +10,11 @@
 // Arrays, C-contiguous   x [B, L, C]   dy [B, P, C]   partial [splits, K, C]   bias_partial [splits, C] or null
 //
 // Work split
-//   A unit is BP outputs of one phase (depthwise.cuh) of one item. blockIdx.x: (split, tile of BC channels), tile fastest;
-//   a block takes the units of its split one after the other. The threads of a block are BC / VEC for the channels, TG
-//   for the taps, KC each, and PG for the outputs. One thread: KC taps of VEC channels over BP / PG outputs, TP at a
-//   time: TP + KC - 1 inputs and TP gradients are read for TP * KC products, at offsets that the compiler knows.
+//   A unit is BP outputs of one phase (depthwise.cuh) of one item. blockIdx.x: (split, tile of BC channels), tile
+//   fastest; a block takes the units of its split one after the other. The threads of a block are BC / VEC for the
+//   channels, TG for the taps, KC each, and PG for the outputs. One thread: KC taps of VEC channels over BP / PG
+//   outputs, TP at a time: TP + KC - 1 inputs and TP gradients are read for TP * KC products, at offsets that the
+//   compiler knows.
 //
 // Shared memory   xs [BP + TG * KC - 1][BC]   ys [BP][BC], zeros outside of x and dy; in the end, in their place,
 //   sums [THREADS][VEC]: those of the PG parts are added in a tree of fixed shape.

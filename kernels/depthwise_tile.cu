@@ -9,10 +9,10 @@
 // Arrays, C-contiguous   x [B, L.., C]   w [R.., C, 1]   bias [C] or null   y [B, P.., C]
 //
 // Work split
-//   blockIdx.x as in depthwise_tiles.cuh. A tile has BC channels, BH positions of the outer axis and GW * TP of the inner
-//   one, in phase order. One thread: VEC channels, TP outputs of one row. It takes KC taps at a time: TP + KC - 1 inputs
-//   and KC weights are read for TP * KC products, at offsets that the compiler knows. No product is formed that is not
-//   in a sum.
+//   blockIdx.x as in depthwise_tiles.cuh. A tile has BC channels, BH positions of the outer axis and GW * TP of the
+//   inner one, in phase order. One thread: VEC channels, TP outputs of one row. It takes KC taps at a time: TP + KC - 1
+//   inputs and KC weights are read for TP * KC products, at offsets that the compiler knows. No product is formed that
+//   is not in a sum.
 //
 // Shared memory
 //   ws [OUTER * K][BC]    as they are summed      xs [BH + OUTER - 1][COLUMNS][BC]    zero outside of x

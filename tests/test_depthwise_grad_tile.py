@@ -60,10 +60,10 @@ def test_problem(name):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("taps", [1, 8, 15, 17, 32, 33, 64])
+@pytest.mark.parametrize("taps", [1, 15, 17, 33, 64])
 def test_every_number_of_taps(taps):
     with only():
-        for length, padding in ((taps + 3, "valid"), (64, "same"), (129, "causal")):
+        for length, padding in ((taps + 3, "valid"), (129, "causal")):
             case = Case((2, length, 64), (taps, 64, 1), padding=padding)
             assert case.check(trace(), "dw") == KERNEL
 
@@ -161,9 +161,7 @@ def test_no_bank_conflicts_and_no_sector_too_many():
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=pytest.mark.exhaustive) for a in ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120")]
-)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=pytest.mark.exhaustive) for a in ("sm_75", "sm_90", "sm_120")])
 def test_machine_code(arch):
     limits = next(each for each in DEVICES.values() if each.arch == arch)
     for dtype, least in (("float32", 0.8), ("bfloat16", 0.7)):

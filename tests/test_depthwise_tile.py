@@ -87,9 +87,9 @@ def test_every_tile(outputs, channels):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("taps", [1, 2, 8, 9, 16, 17, 64])
+@pytest.mark.parametrize("taps", [1, 8, 9, 17, 64])
 def test_every_number_of_taps(taps):
-    for padding, transposed in (("valid", False), ("causal", True), (((3, 9),), False)):
+    for padding, transposed in (("causal", True), (((3, 9),), False)):
         with only():
             Case((70 + taps,), (taps,), batch=1, padding=padding, transposed=transposed).check(trace())
 
@@ -251,7 +251,7 @@ def function_of(plan, arch):
 @needs_nvrtc
 @pytest.mark.parametrize(
     "arch",
-    ["sm_90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120"))],
+    ["sm_90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in ("sm_75", "sm_120"))],
 )
 def test_machine_code(arch):
     limits = next(each for each in DEVICES.values() if each.arch == arch)
@@ -269,7 +269,7 @@ def test_machine_code(arch):
 
 @needs_nvrtc
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_no_variant_takes_a_stack(arch):
     """The most sums, wide indices, and an activation that takes registers."""
     limits = next(each for each in DEVICES.values() if each.arch == arch)

@@ -29,7 +29,7 @@ from cuconv.plan import depthwise_problem, depthwise_toeplitz
 from cuconv.plan.depthwise_problem import problem_of
 from cuconv.plan.depthwise_toeplitz import plan_toeplitz
 from cuconv.plan.devices import DEVICES
-from cuconv.plan.types import ACTIVATION_CODES, PlanError
+from cuconv.plan.types import PlanError
 
 emulated = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 needs_nvrtc = pytest.mark.skipif(emulator.nvrtc.missing() is not None, reason=str(emulator.nvrtc.missing()))
@@ -139,8 +139,8 @@ TAPS = (1, 9, 10, 26, 41, 42, 128)
 @pytest.mark.parametrize("data_format", ["channels_last", FIRST])
 @pytest.mark.parametrize("taps", TAPS)
 def test_every_number_of_taps(taps, data_format):
-    for number, padding in enumerate(("valid", "causal", ((3, 9),))):
-        transposed, dtype = number % 2 == 1, ("float16", "bfloat16")[number // 2]
+    for number, padding in enumerate(("valid", ((3, 9),))):
+        transposed, dtype = number % 2 == 1, ("float16", "bfloat16")[number]
         case = Case((136 + number,), (taps,), 8, dtype, 1, transposed, padding=padding, data_format=data_format)
         with only(1):
             case.check(trace(number + 1))
@@ -148,9 +148,11 @@ def test_every_number_of_taps(taps, data_format):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("channels", depthwise_toeplitz.CHANNELS)
-@pytest.mark.parametrize("blocks", depthwise_toeplitz.BLOCKS)
-def test_every_tile(channels, blocks):
+@pytest.mark.parametrize(
+    "blocks, channels",
+    [*((n, 32) for n in depthwise_toeplitz.BLOCKS), *((3, n) for n in depthwise_toeplitz.CHANNELS if n != 32)],
+)
+def test_every_tile(blocks, channels):
     """An output less than a tile, as many, one more; the same of channels, and of rows."""
     beyond = (blocks + channels) % 3 - 1
     for data_format in ("channels_last", FIRST):
@@ -171,7 +173,7 @@ def test_most_taps():
 
 
 @emulated
-@pytest.mark.parametrize("activation", some(ACTIVATION_CODES, ("relu",)))
+@pytest.mark.parametrize("activation", some(("relu", "gelu", "tanh", "mish"), ("relu",)))
 def test_activation(activation):
     case = Case((50,), (31,), batch=1, padding="same")
     case.w = (case.w / 4).astype(case.w.dtype)
@@ -436,7 +438,7 @@ def test_machine_code(name):
 
 @needs_nvrtc
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_no_variant_takes_a_stack(arch):
     """The most sums, the most steps, two axes, an activation that takes registers, wide indices."""
     for blocks, case, activation in (
