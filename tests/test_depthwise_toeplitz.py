@@ -274,7 +274,7 @@ def test_other_architectures(device):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["last, many phases", "last, two axes, dilated", "first, two axes"])
 def test_wide_indices_give_the_same_bits(monkeypatch, name):
     with only():
         narrow = QUICK[name].run(EmulatedRuntime(LIMITS))
@@ -438,7 +438,7 @@ def test_machine_code(name):
 
 @needs_nvrtc
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_no_variant_takes_a_stack(arch):
     """The most sums, the most steps, two axes, an activation that takes registers, wide indices."""
     for blocks, case, activation in (
