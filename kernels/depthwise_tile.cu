@@ -9,10 +9,10 @@
 // Arrays, C-contiguous   x [B, L.., C]   w [R.., C, 1]   bias [C] or null   y [B, P.., C]
 //
 // Work split
-//   blockIdx.x as in depthwise_tiles.cuh. A tile has BC channels, BH positions of the outer axis and GW * TP of the inner
-//   one, in phase order. One thread: VEC channels, TP outputs of one row. It takes KC taps at a time: TP + KC - 1 inputs
-//   and KC weights are read for TP * KC products, at offsets that the compiler knows. No product is formed that is not
-//   in a sum.
+//   blockIdx.x as in depthwise_tiles.cuh. A tile has BC channels, BH positions of the outer axis and GW * TP of the
+//   inner one, in phase order. One thread: VEC channels, TP outputs of one row. It takes KC taps at a time: TP + KC - 1
+//   inputs and KC weights are read for TP * KC products, at offsets that the compiler knows. No product is formed that
+//   is not in a sum.
 //
 // Shared memory
 //   ws [OUTER * K][BC]    as they are summed      xs [BH + OUTER - 1][COLUMNS][BC]    zero outside of x
@@ -21,7 +21,7 @@
 
 // Set by the plan: ELEMENT INDEX ACTIVATION   OUTER taps of the outer axis, K of the inner, KC at a time
 //   BC channels   VEC of a thread   XV of an access to x   TP outputs   GW threads along the inner axis   BH rows
-//   BLOCKS of a multiprocessor, whose registers they share
+//   PHASED 1 for phases in place of an outer axis   BLOCKS of a multiprocessor, whose registers they share
 constexpr int THREADS = 128;
 constexpr int LANES = BC / VEC;  // threads for the channels
 constexpr int COLUMNS = GW * TP + K - 1, ROWS = BH + OUTER - 1;
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_tile(con
       for (int i = 0; i < AHEAD; ++i) {
         const int piece = thread + (turn + i) * THREADS, c = piece % GROUPS * XV, place = piece / GROUPS;
         const int row = place / COLUMNS, column = place - row * COLUMNS;
-        const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step;
+        const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step + (PHASED ? at0 : 0);
         const bool inside =
             row < ROWS && c < tile.channels && within(at0, p.outer.source) && within(at1, p.inner.source);
         some[i] = load_or_zero<XV>(from + (c + at0 * p.outer.source_pitch + at1 * p.inner.source_pitch), inside);
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_tile(con
   E* to = p.y + (tile.batch * p.target_batch + tile.c0 + c + at0 * p.outer.target_pitch);
 #pragma unroll
   for (int j = 0; j < TP; ++j) {
-    const Index at1 = inner.at + (column + j) * inner.step;
+    const Index at1 = inner.at + (column + j) * inner.step + (PHASED ? at0 : 0);
     if (at1 >= p.inner.target) break;
     Vector<E, VEC> result;
 #pragma unroll

@@ -4,11 +4,11 @@
 
 #include "depthwise.cuh"
 
-// One axis of the tiles. Of phase f, output j is at f + j * phases, and its first tap reads first + f + j * phases.
+// One axis of the tiles. Of phase f, output j is at f + j * step, and its first tap reads first + f + j * step.
 struct TiledAxis {
   Index source, target;              // positions
-  Index tiles, phases;
-  Index first;
+  Index tiles, phases;               // as blocks count them
+  Index step, first;
   Index source_pitch, target_pitch;  // elements from one position to the next
 };
 
@@ -24,7 +24,8 @@ struct Params {
   TiledAxis inner, outer;
 };
 
-// Neighbours in phase order: number i is at + i * step.
+// Neighbours in phase order: number i is at + i * step. Where the phases of a sequence are many and short, a tile has
+// several, as an outer axis of one tap: PHASED, and the position on the inner axis is the sum of both.
 struct Side {
   Index at, step;
 };
@@ -47,15 +48,15 @@ struct Tile {
   }
   // What the first tap reads, `before` earlier; and what is written.
   __device__ __forceinline__ Side inner_source(const Params& p, int before) const {
-    return {p.inner.first + inner_phase + inner0 * p.inner.phases - before, p.inner.phases};
+    return {p.inner.first + inner_phase + inner0 * p.inner.step - before, p.inner.step};
   }
   __device__ __forceinline__ Side outer_source(const Params& p) const {
-    return {p.outer.first + outer_phase + outer0 * p.outer.phases, p.outer.phases};
+    return {p.outer.first + outer_phase + outer0 * p.outer.step, p.outer.step};
   }
   __device__ __forceinline__ Side inner_target(const Params& p) const {
-    return {inner_phase + inner0 * p.inner.phases, p.inner.phases};
+    return {inner_phase + inner0 * p.inner.step, p.inner.step};
   }
   __device__ __forceinline__ Side outer_target(const Params& p) const {
-    return {outer_phase + outer0 * p.outer.phases, p.outer.phases};
+    return {outer_phase + outer0 * p.outer.step, p.outer.step};
   }
 };

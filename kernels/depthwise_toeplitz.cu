@@ -22,11 +22,11 @@
 // number: such sums are taken again, of their own taps alone.
 //
 // Work split
-//   blockIdx.x as in depthwise_tiles.cuh, in tiles of BC channels. A tile has 16 strips of NB * 8 outputs: in one axis strips
-//   follow each other, in two each is a row. A warp takes one channel of the tile after the other.
+//   blockIdx.x as in depthwise_tiles.cuh, in tiles of BC channels. A tile has 16 strips of NB * 8 outputs: in one axis
+//   strips follow each other, in two each is a row. A warp takes one channel of the tile after the other.
 //
 // Shared memory
-//   xs [BC][CHANNEL]  the inputs of a channel, a strip PITCH elements after the other; then, in their place, its outputs.
+//   xs [BC][CHANNEL]  the inputs of a channel, a strip PITCH elements after the other; then, in their place, its sums.
 //                     Strips begin 16 bytes times an odd number apart, so 8 rows of a fragment lie in different banks.
 //                     VEC channels are followed by SKEW elements: the pairs of positions that a warp has of its
 //                     vectors of channels go to different banks.
@@ -34,22 +34,23 @@
 
 #include "depthwise_tiles.cuh"
 
-// Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   OUTER taps of the outer axis,
-//   K of the inner   PHASE inputs before the first that are staged, for alignment   BC   NB blocks of 8 outputs of a strip
-//   VEC neighbouring elements of an access to x and w, YV to y: channels, or positions of channels_first
+// Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   PHASED 1 for phases in place
+//   of an outer axis   OUTER taps of the outer axis, K of the inner   PHASE inputs before the first that are staged,
+//   for alignment   BC   NB blocks of 8 outputs of a strip   VEC neighbouring elements of an access to x and w, YV to
+//   y: channels, or positions of channels_first
 constexpr int THREADS = 128, WARPS = THREADS / 32, STRIPS = 16;
 constexpr int BLOCKS = sizeof(INDEX) == 4 ? 5 : 4;  // of a multiprocessor: 96 registers, or 128, and nothing spills
 constexpr int STEPS = ceil_div(PHASE + 7 + K, 16);
-constexpr int OUTPUTS = NB * 8;                    // of a strip
-constexpr int READ = (NB - 1) * 8 + STEPS * 16;    // elements of a strip that fragments hold
+constexpr int OUTPUTS = NB * 8;                  // of a strip
+constexpr int READ = (NB - 1) * 8 + STEPS * 16;  // elements of a strip that fragments hold
 constexpr int PITCH = SEQUENCE ? OUTPUTS : READ + 8;
 constexpr int ROWS = SEQUENCE ? STRIPS : STRIPS + OUTER - 1;
 constexpr int CHANNEL = ceil_div((ROWS - 1) * PITCH + READ, 16) * 16;  // elements of a channel
 constexpr int NEEDED = (SEQUENCE ? (STRIPS - 1) * PITCH : 0) + OUTPUTS + PHASE + K - 1;  // of a row; the rest is zero
-constexpr int CV = CHANNELS_FIRST ? 1 : VEC;       // channels of an access
+constexpr int CV = CHANNELS_FIRST ? 1 : VEC;  // channels of an access
 constexpr int GROUPS = BC / CV;
 constexpr int SKEW = CHANNELS_FIRST ? 0 : larger(8, 64 / GROUPS);
-constexpr int BAND = STEPS * 16 + 8;              // pairs of a tap of the outer axis
+constexpr int BAND = STEPS * 16 + 8;  // pairs of a tap of the outer axis
 constexpr int PAIRS = OUTER * BAND + 1;
 static_assert(sizeof(E) == 2, "tensor cores take 16-bit elements");
 static_assert(NB % 2 == 1, "strips begin an odd number of 16 bytes apart, and halves of fragments come in pairs");
@@ -90,10 +91,12 @@ __device__ __forceinline__ void unzip(Vector<E, N>& a, Vector<E, N>& b, const un
   }
 }
 
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], half_t) {
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                             half_t) {
   ptx::multiply_half(acc, a, b);
 }
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat_t) {
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                             bfloat_t) {
   ptx::multiply_bfloat(acc, a, b);
 }
 
@@ -138,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz
         const int group = CHANNELS_FIRST ? piece / PIECES : piece % GROUPS;
         const int place = (CHANNELS_FIRST ? piece % PIECES : piece / GROUPS) * WIDTH;
         const int row = SEQUENCE ? 0 : place / IN_ROW, column = place - row * IN_ROW;
-        const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step;
+        const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step + (PHASED ? at0 : 0);
         const bool inside = piece < PIECES * GROUPS && group * CV < channels && within(at0, p.outer.source) &&
                             column < NEEDED;
         const E* piece_from =
@@ -252,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) depthwise_toeplitz
     const int group = CHANNELS_FIRST ? piece / PIECES : piece % GROUPS;
     const int place = (CHANNELS_FIRST ? piece % PIECES : piece / GROUPS) * WIDTH;
     const int row = SEQUENCE ? 0 : place / OUTPUTS, column = place - row * OUTPUTS;
-    const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step;
+    const Index at0 = outer.at + row * outer.step, at1 = inner.at + column * inner.step + (PHASED ? at0 : 0);
     const bool inside = group * CV < channels && at0 < p.outer.target;
     const E* channel = xs + x_at(group * CV) + row * PITCH + column;
     E* piece_to = to + (group * CV * p.target_channel + at0 * p.outer.target_pitch + at1 * p.inner.target_pitch);

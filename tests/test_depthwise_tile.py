@@ -14,7 +14,7 @@ import test_depthwise_toeplitz as toeplitz
 from compare import assert_close
 from emulated import EmulatedRuntime
 from planted import planted
-from test_depthwise_toeplitz import ALIGNED, FIRST, WRONG, needs_nvrtc, trace, what_catches
+from test_depthwise_toeplitz import ALIGNED, FIRST, WRONG, needs_nvrtc, phases_together, some, trace, what_catches
 
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.geometry import depthwise_shape
@@ -50,6 +50,7 @@ QUICK = {
     # Each with something of its own.
     "one axis": Case((150,), (31,), 40, padding="same"),  # two tiles, channels that fill no tile, a rest of taps
     "dilated": Case((70,), (16,), padding="causal", dilation_rate=3),
+    "many phases": Case((90,), (11,), padding="causal", dilation_rate=10, transposed=True, batch=1),
     "transposed": Case((60,), (9,), padding="causal", dilation_rate=2, transposed=True),
     "odd channels": Case((40,), (11,), 13, padding=((50, 3),)),
     "two axes": Case((11, 38), (7, 7), padding="same", batch=1),
@@ -58,10 +59,17 @@ QUICK = {
 
 
 @emulated
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", some(QUICK, ("one axis", "two axes")))
 def test_problem(name):
     with only():
         QUICK[name].check(trace())
+
+
+@emulated
+def test_many_phases_fill_a_tile():
+    with only(), phases_together(depthwise_tile):
+        QUICK["many phases"].check(trace())
+        Case((37,), (5,), 34, padding="same", dilation_rate=3, batch=1).check(trace(2))
 
 
 @emulated
@@ -86,26 +94,22 @@ def test_every_tile(outputs, channels):
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("taps", [1, 2, 8, 9, 16, 17, 64])
+@pytest.mark.parametrize("taps", [1, 8, 9, 17, 64])
 def test_every_number_of_taps(taps):
-    for padding, transposed in (("valid", False), ("causal", True), (((3, 9),), False)):
+    for padding, transposed in (("causal", True), (((3, 9),), False)):
         with only():
             Case((70 + taps,), (taps,), batch=1, padding=padding, transposed=transposed).check(trace())
 
 
 @emulated
 def test_tiny():
-    for size, taps, channels, options in (
-        ((1,), (31,), 1, {"padding": "same"}),
-        ((3,), (9,), 2, {"padding": ((30, 20),)}),  # outputs that read padding alone
-        ((1, 5), (5, 1), 3, {"padding": "same"}),
-    ):
-        with only():
-            Case(size, taps, channels, **options).check(trace())
+    with only():
+        Case((3,), (9,), 2, padding=((30, 20),)).check(trace())  # outputs that read padding alone
+        Case((1, 5), (5, 1), 3, padding="same").check(trace())
 
 
 @emulated
-@pytest.mark.parametrize("offset", [1, 2])
+@pytest.mark.parametrize("offset", some((1, 2), (1,)))
 def test_arrays_that_begin_anywhere(offset):
     case = Case((40,), (9,), batch=1, padding="same")
     for name in ("x", "w", "bias"):
@@ -120,7 +124,7 @@ def test_arrays_that_begin_anywhere(offset):
 
 
 @emulated
-@pytest.mark.parametrize("name", ["dilated", "two axes"])
+@pytest.mark.parametrize("name", some(("dilated", "two axes"), ("two axes",)))
 def test_one_nan_reaches_exactly_what_reads_it(name):
     case = QUICK[name]
     clean, kept = case.expected(), case.x.copy()
@@ -143,7 +147,7 @@ def test_the_same_bits_in_any_order_of_threads():
 
 @emulated
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["many phases", "two axes, dilated"])
 def test_wide_indices_give_the_same_bits(monkeypatch, name):
     with only():
         narrow = QUICK[name].run(EmulatedRuntime(LIMITS))
@@ -233,7 +237,7 @@ def test_dilation_costs_nothing():
 
 
 @emulated
-@pytest.mark.parametrize("size, taps", [((256,), (16,)), ((16, 28), (7, 7))])
+@pytest.mark.parametrize("size, taps", [((256,), (16,)), pytest.param((16, 28), (7, 7), marks=pytest.mark.exhaustive)])
 def test_no_bank_conflicts_and_no_sector_too_many(size, taps):
     case = Case(size, taps, 32, batch=1, padding="same")
     runtime = trace()
@@ -254,11 +258,11 @@ def function_of(plan, arch):
 @needs_nvrtc
 @pytest.mark.parametrize(
     "arch",
-    ["sm_90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120"))],
+    ["sm_90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in ("sm_75", "sm_120"))],
 )
 def test_machine_code(arch):
     limits = next(each for each in DEVICES.values() if each.arch == arch)
-    for shape, outputs, least in ((CONFORMER, 32, 0.85), (CONVNEXT, 16, 0.8)):
+    for shape, outputs, least in ((CONFORMER, 32, 0.85), (CONVNEXT, 16, 0.8))[: 1 if arch == "sm_90" else 2]:
         with only(outputs, 32):
             plan = plan_tile(problem_of(shape, "float32", limits), "relu", ALIGNED)
         function = function_of(plan, arch)
@@ -272,7 +276,7 @@ def test_machine_code(arch):
 
 @needs_nvrtc
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_no_variant_takes_a_stack(arch):
     """The most sums, wide indices, and an activation that takes registers."""
     limits = next(each for each in DEVICES.values() if each.arch == arch)
@@ -314,7 +318,7 @@ PLANTS = [
     ("channels too many", "if (c >= tile.channels ||", "if (", one, None),
     ("the bias of another channel", "value(p.bias + tile.c0 + c + v)", "value(p.bias + tile.c0 + c)", one, WRONG),
 ]  # fmt: skip
-QUICK_PLANTS = ("no barrier", "a tap for its neighbour")
+QUICK_PLANTS = ("no barrier",)
 
 
 @emulated

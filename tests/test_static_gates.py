@@ -21,6 +21,7 @@ from cuconv.plan.bias_grad import plan_bias_grad
 from cuconv.plan.conv import plan_conv, plan_kernel_grad
 from cuconv.plan.conv_lstm import plan_gates, plan_gates_grad
 from cuconv.plan.depthwise import plan_carry, plan_depthwise
+from cuconv.plan.depthwise_grad import plan_grad_tile
 from cuconv.plan.depthwise_problem import problem_of
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.reduce import plan_reduce
@@ -110,6 +111,11 @@ def _depthwise(taps, dtype):
     return lambda limits: plan_depthwise(shape, dtype, "linear", ALIGNED, limits)
 
 
+def _depthwise_grad(taps, dtype):
+    shape = depthwise_shape((32, 1000, 512), (taps, 512, 1), padding="same")
+    return lambda limits: plan_grad_tile(problem_of(shape, dtype, limits), ALIGNED[:2], WORKSPACE)[0]
+
+
 def _depthwise_carry(taps, dtype, activation="linear", transposed=False):
     shape = depthwise_shape((8, 2048, 512), (taps, 512, 1), padding="causal")
     return lambda limits: plan_carry(problem_of(shape, dtype, limits, transposed=transposed), activation, ALIGNED)
@@ -195,7 +201,22 @@ GATES = (
     Gate("depthwise_carry silu", _depthwise_carry(4, "float32", "silu"), 168, loop=(FP32, 0.30), paired=True),
     Gate("depthwise_carry bfloat16 silu", _depthwise_carry(4, "bfloat16", "silu"), 168, paired=True),
     Gate("depthwise_carry transposed", _depthwise_carry(4, "float32", transposed=True), 96, paired=True),
-    Gate("depthwise k=31 float32", _depthwise(31, "float32"), 255, loop=(FP32, 0.45)),
+    Gate(
+        "depthwise_tile k=31 float32",
+        _depthwise(31, "float32"),
+        168,
+        ("LDG.128",),
+        loop=(FP32, 0.8),
+        loop_needs=("LDS.64",),
+    ),
+    Gate(
+        "depthwise_grad_tile k=31 bfloat16",
+        _depthwise_grad(31, "bfloat16"),
+        144,
+        ("LDG.128",),
+        loop=(FP32, 0.5),
+        loop_needs=("LDS",),
+    ),
     Gate(
         "depthwise_toeplitz k=31 bfloat16",
         _depthwise(31, "bfloat16"),

@@ -3,6 +3,7 @@
 Which kernel, from the shape alone:
 
 * ``depthwise_grads``, ``depthwise_grad_rows`` -- all gradients of a sequence of stride 1 in one pass.
+* ``depthwise_grad_tile`` -- many taps of stride 1 along channels-last sequences: an input is loaded once for all taps.
 * ``depthwise_grad`` -- every other kernel gradient.
 
 Positions are split over blocks, by the shape and the device alone; ``reduce_splits`` adds up what they have.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cuconv.geometry import ConvShape
+from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
 from cuconv.plan.depthwise_problem import (
     BLOCKS_PER_MULTIPROCESSOR,
     CARRIED_TAPS,
@@ -32,10 +34,13 @@ from cuconv.plan.depthwise_problem import (
     fastest,
     inputs_of,
     launch_of,
+    memory_seconds,
     pitches_of,
     predicted,
     problem_of,
     registers_of,
+    resident_blocks,
+    seconds_of,
     slots_of,
     walks,
     widths_of,
@@ -43,6 +48,7 @@ from cuconv.plan.depthwise_problem import (
 )
 from cuconv.plan.reduce import plan_reduce
 from cuconv.plan.types import (
+    REGISTERS_PER_MULTIPROCESSOR,
     VECTOR_BYTES,
     WARP,
     DeviceLimits,
@@ -50,6 +56,11 @@ from cuconv.plan.types import (
     PlanError,
     vector,
 )
+
+# Of kernels/depthwise_grad_tile.cu: threads for the channels of a tile, taps and outputs of a thread at a time.
+TILED_LANES, TILED_TAPS, TILED_OUTPUTS = 32, 16, 16
+TILED_TURNS = (4, 2, 8, 1)  # times that a thread takes outputs of a unit; from the number that suits most
+MOST_TILED_TAPS = 4 * TILED_TAPS
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def plan_depthwise_kernel_grad(
     try:
         launch, splits = plan_grad_rows(problem, (aligned[0], aligned[1], 0), workspace, with_input=False)
     except PlanError as error:
-        launch, splits = plan_grad(problem, aligned[:2], workspace)
+        launch, splits = _choose(problem, aligned[:2], workspace)
         launch = dataclasses.replace(launch, rejected=(str(error), *launch.rejected))
     return _grad_plan(problem, launch, splits, aligned[2:])
 
@@ -118,6 +129,95 @@ def _grad_plan(problem: Problem, launch: LaunchPlan, splits: int, aligned: tuple
     return GradPlan(checked(launch), splits, problem.weights, problem.filters, reduce, reduce_bias)
 
 
+def _choose(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:
+    walked = plan_grad(problem, aligned, workspace)
+    try:
+        tiled = plan_grad_tile(problem, aligned, workspace)
+    except PlanError as error:
+        launch, splits = walked
+        return dataclasses.replace(launch, rejected=(str(error), *launch.rejected)), splits
+    best, other = (tiled, walked) if fastest([walked[0], tiled[0]]) is tiled[0] else (walked, tiled)
+    lost = f"{other[0].kernel}: {seconds_of(other[0]) * 1e6:.1f} us predicted"
+    return dataclasses.replace(best[0], rejected=(lost, *best[0].rejected)), best[1]
+
+
+def plan_grad_tile(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:
+    """The launch of kernels/depthwise_grad_tile.cu and its splits.
+
+    Raises:
+        PlanError: it does not compute this problem.
+    """
+    walk, element, limits = problem.walk, problem.element, problem.limits
+    if problem.first or problem.outer != (NO_AXIS, NO_AXIS):
+        raise PlanError("depthwise_grad_tile: only sequences, channels last")
+    if walk.stride != 1 or problem.multiplier != 1:
+        raise PlanError("depthwise_grad_tile: only stride 1 without a multiplier")
+    if element.sum_dtype != "float32":
+        raise PlanError(f"depthwise_grad_tile: sums of float32, not {element.sum_dtype}")
+    if walk.taps > MOST_TILED_TAPS:
+        raise PlanError(f"depthwise_grad_tile: {walk.taps} taps, at most {MOST_TILED_TAPS}")
+    width = min(2, vector(element.bytes, problem.channels))
+    channels, conversions = TILED_LANES * width, conversions_of(element)
+    lanes = THREADS // TILED_LANES
+    groups = next(n for n in (1, 2, 4) if n * TILED_TAPS >= walk.taps)
+    chunk = -(-walk.taps // groups)
+    parts = lanes // groups
+    x_width, y_width = (vector(element.bytes, problem.channels, offset) for offset in aligned)
+    registers = -(-((TILED_OUTPUTS + chunk + 2) * width + 48) // 8) * 8
+    longest = -(-walk.target // walk.dilation)
+    tiles_c = -(-problem.channels // channels)
+
+    def candidate(outputs: int) -> tuple[LaunchPlan, int]:
+        columns = outputs + groups * chunk - 1
+        shared = (columns + outputs) * channels * element.bytes
+        tiles = -(-longest // outputs)
+        units = problem.batch * walk.dilation * tiles
+        splits, share = _splits(problem, tiles_c, units, 1, workspace, 2)
+        blocks = splits * tiles_c
+        resident = resident_blocks(limits, registers, max(shared, THREADS * width * 4))
+        reads = outputs // parts // TILED_OUTPUTS * (2 * TILED_OUTPUTS + chunk - 1)
+        products = outputs // parts * chunk * width
+        pieces = (columns / x_width + outputs / y_width) * channels / THREADS
+        # Of a thread and a unit, as ptxas makes them for sm_90.
+        turn = 80 + products + reads * (1 + width * conversions) + outputs // parts * width + pieces * 14
+        read = THREADS * reads * width * element.bytes
+        turn_cycles = max(products * THREADS / limits.fp32_lanes, (read + 2 * shared) / 128, THREADS // WARP * turn / 4)
+        clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
+        again = problem.batch * walk.dilation * (tiles - 1) * (walk.taps - 1) * problem.channels * element.bytes
+        dram = problem.least_bytes + again / L2_FACTOR + 2 * splits * problem.weights * 4
+        memory = memory_seconds(limits, blocks, resident, dram)
+        compute = -(-blocks // limits.multiprocessors) * (share * turn_cycles + (chunk + 1) * 60) / clock
+        plan = launch_of(
+            problem,
+            "depthwise_grad_tile",
+            constants_of(
+                problem, None, K=walk.taps, BC=channels, VEC=width, XV=x_width, YV=y_width, BP=outputs,
+                TP=TILED_OUTPUTS, KC=chunk, TG=groups,
+                BLOCKS=min(5, REGISTERS_PER_MULTIPROCESSOR // THREADS // registers),
+            ),
+            (
+                problem.channels, tiles_c, walk.source, walk.target, walk.pad, walk.dilation, tiles, units, share,
+            ),
+            threads=blocks * THREADS,
+            walked=outputs + walk.taps,
+            registers=registers,
+            shared=max(shared, THREADS * width * 4),
+            instructions=share * turn,
+            moved=blocks * share * shared,
+            dram=dram,
+            flops=blocks * share * products * THREADS,
+            reason=f"{splits} parts of {share} units of {outputs} outputs of {channels} channels in shared memory, "
+            f"{chunk} taps a thread",
+            extents=(splits * problem.weights, units + share),
+        )  # fmt: skip
+        seconds = max(memory, compute) + min(memory, compute) / min(resident, max(1.0, blocks / limits.multiprocessors))
+        cost = dataclasses.replace(plan.cost, seconds=seconds + LAUNCH_SECONDS) if plan.cost else None
+        return dataclasses.replace(plan, dynamic_shared_bytes=plan.shared_bytes, cost=cost), splits
+
+    plans = [candidate(parts * TILED_OUTPUTS * turns) for turns in TILED_TURNS]
+    return _fastest_grad([each for each in plans if each[0].shared_bytes <= limits.shared_bytes], [])
+
+
 def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple[LaunchPlan, int]:
     """The launch of kernels/depthwise_grad.cu, which computes every kernel gradient, and its splits."""
     walk, element = problem.walk, problem.element
@@ -147,11 +247,13 @@ def plan_grad(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tup
             chunks = -(-walk.taps // chunk)
             splits, share = _splits(problem, tiles * chunks * taps, units, THREADS // lanes, workspace)
             blocks = splits * tiles * chunks * taps
-            turn = 100 + loads * (4 + x_width * conversions) + outputs * (3 + width * (conversions + chunk * slots))
+            # As ptxas makes it for sm_90: every load has its own test, and 8 more instructions for its address.
+            turn = 180 + loads * (12 + 1.5 * x_width * conversions)
+            turn += outputs * (6 + width * (1 + conversions + chunk * slots))
             cost: dict[str, Any] = {
                 "threads": blocks * THREADS,
                 "registers": registers,
-                "instructions": 150 + (chunk + 1) * 40 + -(-share // (THREADS // lanes)) * turn,
+                "instructions": 150 + (chunk + 1) * 40 + math.ceil(share / (THREADS // lanes)) * turn,
                 "moved": blocks * share * lanes * element.bytes * (loads * x_width + outputs * width),
                 # Blocks for other taps read the same again, from the L2 cache if they run together.
                 "dram": problem.least_bytes * (1 + (chunks * taps - 1) // 4) + 2 * splits * problem.weights * 4,
@@ -356,14 +458,14 @@ def plan_grad_rows(
     return launch, splits
 
 
-def _splits(problem: Problem, tiles: int, units: int, workers: int, workspace: int) -> tuple[int, int]:
+def _splits(problem: Problem, tiles: int, units: int, workers: int, workspace: int, least: int = 4) -> tuple[int, int]:
     """Parts of the units, and the units of a part, from the shape, the device and the workspace alone.
 
-    Enough blocks for two waves, at least 4 units for each of a block's workers.
+    Enough blocks for two waves, at least `least` units for each of a block's workers.
     """
     blocks = 2 * BLOCKS_PER_MULTIPROCESSOR * problem.limits.multiprocessors
     room = workspace // ((problem.weights + problem.filters) * problem.element.sum_bytes)
-    splits = max(1, min(blocks // tiles, units // (4 * workers), room))
+    splits = max(1, min(blocks // tiles, units // (least * workers), room))
     share = -(-units // splits)
     return -(-units // share), share
 

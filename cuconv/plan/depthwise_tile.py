@@ -6,6 +6,8 @@ memory (128 bytes a cycle) and the issue of instructions (four a cycle).
 
 from __future__ import annotations
 
+import itertools
+
 from cuconv.plan.depthwise_problem import (
     CARRIED_TAPS,
     CHEAP_ACTIVATIONS,
@@ -18,7 +20,7 @@ from cuconv.plan.depthwise_problem import (
     fastest,
     finishing_of,
 )
-from cuconv.plan.depthwise_tiles import clock_of, tiled_axes, tiled_launch
+from cuconv.plan.depthwise_tiles import clock_of, is_phased, phased, tiled_axes, tiled_launch
 from cuconv.plan.types import REGISTERS_PER_MULTIPROCESSOR, WARP, LaunchPlan, PlanError, vector
 
 MOST_TAPS = 64  # of the inner axis; with more, a tile reads most of its inputs again
@@ -40,6 +42,7 @@ def plan_tile(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
     if element.sum_dtype != "float32":
         raise PlanError(f"depthwise_tile: sums of float32, not {element.sum_dtype}")
     axes = outer, inner = tiled_axes(problem, "depthwise_tile")
+    orders = (axes, phased(axes)) if outer == NO_AXIS and inner.dilation > 1 else (axes,)
     if inner.taps > MOST_TAPS:
         raise PlanError(f"depthwise_tile: {inner.taps} taps, at most {MOST_TAPS}")
     x, _, y = aligned
@@ -53,9 +56,11 @@ def plan_tile(problem: Problem, activation: str, aligned: tuple[int, ...]) -> La
         for outputs in OUTPUTS:
             if outputs > MOST_COSTLY and activation not in CHEAP_ACTIVATIONS:
                 continue
-            for rows in (1,) if outer == NO_AXIS else (n for n in (4, 8, 2, 1) if n <= workers):
+            for order, rows in itertools.product(orders, (1, 4, 8, 2)):
+                if rows > (1 if order[0] == NO_AXIS else workers):
+                    continue
                 sizes = (channels, width, x_width, outputs, workers // rows, rows)
-                plan = _candidate(problem, activation, axes, sizes)
+                plan = _candidate(problem, activation, order, sizes)
                 if plan.shared_bytes > limits.shared_bytes:
                     rejected.append(f"depthwise_tile: {plan.shared_bytes} bytes of shared memory for {plan.reason}")
                 else:
@@ -85,6 +90,7 @@ def _candidate(
     shared = weights * element.sum_bytes + staged * element.bytes
     registers = -(-((outputs + chunk) * width + REGISTERS_BESIDE) // 8) * 8
     registers += 0 if activation in CHEAP_ACTIVATIONS else 24
+    registers += 24 if limits.capability >= (10, 0) else 0  # whose multiply-adds take registers in pairs
     blocks = min(8, max(1, REGISTERS_PER_MULTIPROCESSOR // (THREADS * registers)))
 
     # Of a thread, as ptxas makes them for sm_90.
@@ -113,6 +119,7 @@ def _candidate(
         constants_of(
             problem,
             activation,
+            PHASED=int(is_phased(axes)),
             OUTER=outer.taps,
             K=inner.taps,
             KC=chunk,

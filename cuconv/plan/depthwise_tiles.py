@@ -40,6 +40,18 @@ def tiled_axes(problem: Problem, kernel: str) -> tuple[Axis, Axis]:
     return outer, inner
 
 
+def phased(axes: tuple[Axis, Axis]) -> tuple[Axis, Axis]:
+    """A sequence with its phases as an outer axis: many short phases fill a tile together."""
+    phases = axes[1].dilation
+    return dataclasses.replace(NO_AXIS, source=phases, target=phases), axes[1]
+
+
+def is_phased(axes: tuple[Axis, Axis]) -> bool:
+    """Whether the outer axis is that of :func:`phased`."""
+    outer, inner = axes
+    return outer.source > 1 and outer == phased(axes)[0] and inner.dilation > 1
+
+
 def first_of(problem: Problem, axis: Axis) -> int:
     """What the first tap of output 0 reads."""
     return axis.pad - (axis.taps - 1) * axis.dilation if problem.transposed else -axis.pad
@@ -77,11 +89,13 @@ def tiled_launch(
     channels, *outputs = tile
     tiles = [ceil_div(ceil_div(axis.target, axis.dilation), each) for axis, each in zip(axes, outputs, strict=True)]
     tiles_c = -(-problem.channels // channels)
-    launched = problem.batch * tiles_c * tiles[0] * tiles[1] * inner.dilation * outer.dilation
+    phases = 1 if is_phased(axes) else inner.dilation
+    launched = problem.batch * tiles_c * tiles[0] * tiles[1] * phases * outer.dilation
     # What tiles read twice comes from the L2 cache for all but one.
     fresh = 1.0
     for axis, each in zip(axes, outputs, strict=True):
-        fresh *= min(each + axis.taps - 1, axis.source) / min(each, axis.target)
+        source, target = ceil_div(axis.source, axis.dilation), ceil_div(axis.target, axis.dilation)
+        fresh *= max(1.0, min(each + axis.taps - 1, source) / min(each, target))
     again = max(0.0, min(fresh, 8.0) - 1) * problem.source_size * element.bytes
     dram = problem.least_bytes + again / L2_FACTOR
     written = channels * outputs[0] * outputs[1]
@@ -94,8 +108,8 @@ def tiled_launch(
             tiles_c,
             *pitches_of(problem),
             *taps_of(problem),
-            *_fields(problem, inner, tiles[1]),
-            *_fields(problem, outer, tiles[0]),
+            *_fields(problem, inner, tiles[1], phases),
+            *_fields(problem, outer, tiles[0], outer.dilation),
         ),
         threads=launched * THREADS,
         walked=max(outputs),
@@ -127,12 +141,13 @@ def _reach(problem: Problem, axis: Axis, tile: int) -> int:
     return max(problem.source_size, problem.target_size) + beyond + channels
 
 
-def _fields(problem: Problem, axis: Axis, tiles: int) -> tuple[int, ...]:
+def _fields(problem: Problem, axis: Axis, tiles: int, phases: int) -> tuple[int, ...]:
     """struct TiledAxis of the kernels."""
     return (
         axis.source,
         axis.target,
         tiles,
+        phases,
         axis.dilation,
         first_of(problem, axis),
         axis.source_pitch,

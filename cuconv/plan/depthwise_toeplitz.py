@@ -6,8 +6,10 @@ memory (a wavefront a cycle) and the issue of instructions (four a cycle).
 
 from __future__ import annotations
 
+import itertools
+
 from cuconv.plan.depthwise_problem import NO_AXIS, THREADS, Axis, Problem, constants_of, fastest, finishing_of
-from cuconv.plan.depthwise_tiles import clock_of, first_of, tiled_axes, tiled_launch
+from cuconv.plan.depthwise_tiles import clock_of, first_of, is_phased, phased, tiled_axes, tiled_launch
 from cuconv.plan.mma import RATE_SHARE, require_16_bits
 from cuconv.plan.types import WARP, LaunchPlan, PlanError, vector
 
@@ -26,7 +28,8 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
     """
     element, limits, first = problem.element, problem.limits, problem.first
     require_16_bits(element, limits)
-    outer, inner = tiled_axes(problem, "depthwise_toeplitz")
+    outer, inner = axes = tiled_axes(problem, "depthwise_toeplitz")
+    orders = (axes, phased(axes)) if outer == NO_AXIS and inner.dilation > 1 else (axes,)
     if first and inner.dilation > 1:
         raise PlanError(f"depthwise_toeplitz: dilation {inner.dilation} of neighbouring positions, channels first")
     x, w, y = aligned
@@ -44,13 +47,12 @@ def plan_toeplitz(problem: Problem, activation: str, aligned: tuple[int, ...]) -
         if steps > MOST_STEPS:
             rejected.append(f"depthwise_toeplitz: {inner.taps} taps, at most {MOST_STEPS * 16 - 7}")
             continue
-        for channels in CHANNELS:
-            for blocks in BLOCKS:
-                plan = _candidate(problem, activation, (outer, inner), width, y_width, phase, steps, blocks, channels)
-                if plan.shared_bytes > limits.shared_bytes:
-                    rejected.append(f"depthwise_toeplitz: {plan.shared_bytes} bytes of shared memory for {plan.reason}")
-                else:
-                    plans.append(plan)
+        for axes, channels, blocks in itertools.product(orders, CHANNELS, BLOCKS):
+            plan = _candidate(problem, activation, axes, width, y_width, phase, steps, blocks, channels)
+            if plan.shared_bytes > limits.shared_bytes:
+                rejected.append(f"depthwise_toeplitz: {plan.shared_bytes} bytes of shared memory for {plan.reason}")
+            else:
+                plans.append(plan)
     if not plans:
         raise PlanError(rejected[0])
     return fastest(plans)
@@ -108,6 +110,7 @@ def _candidate(
             activation,
             CHANNELS_FIRST=int(first),
             SEQUENCE=int(sequence),
+            PHASED=int(is_phased(axes)),
             OUTER=outer.taps,
             K=inner.taps,
             PHASE=phase,
