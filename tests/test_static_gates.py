@@ -25,7 +25,7 @@ from cuconv.plan.depthwise_problem import problem_of
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.reduce import plan_reduce
 from cuconv.plan.transpose import plan_transpose
-from cuconv.plan.types import REGISTERS_PER_MULTIPROCESSOR, WARP, DeviceLimits, LaunchPlan
+from cuconv.plan.types import REGISTERS_PER_MULTIPROCESSOR, WARP, DeviceLimits, LaunchPlan, compiled_for
 
 pytestmark = pytest.mark.skipif(emulator.nvrtc.missing() is not None, reason=str(emulator.nvrtc.missing()))
 
@@ -184,6 +184,7 @@ def _cases():
 def compiled(plan: LaunchPlan, arch: str) -> Function:
     """The machine code of a plan's kernel."""
     path = kernel_directory() / f"{plan.kernel}.cu"
+    arch = compiled_for(plan.kernel, arch)
     return disassembly.functions(emulator.compile_cubin(path, arch, dict(plan.constants)))[plan.kernel]
 
 

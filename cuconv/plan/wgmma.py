@@ -1,0 +1,305 @@
+"""Convolutions on the tensor cores of sm_90, by warpgroups: conv_wgmma.cu, its tiles, boxes, and what each would cost.
+
+A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece, and a box can lie
+across several batch items; what the box has fewer than the tile has rows is multiplied in vain. The model, for one block
+and step. It takes as long as the slower of
+
+* the tensor cores, at the share of their rate that large products reach;
+* shared memory: each warpgroup reads its operands, every copy writes once, 128 bytes a cycle;
+
+and a launch as long as its busiest multiprocessor, or as the memory, or as the L2 cache, from which every step comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+from cuconv.geometry import CHANNELS_LAST, ConvShape
+from cuconv.plan.cost import L2_FACTOR, slowest
+from cuconv.plan.simt import CHOICE_FACTOR
+from cuconv.plan.types import (
+    ACTIVATION_CODES,
+    ELEMENTS,
+    INT32_MAX,
+    MAP_BOX,
+    MAP_STEP,
+    Cost,
+    DeviceLimits,
+    Element,
+    LaunchPlan,
+    PlanError,
+    TensorMap,
+    index_bytes,
+)
+
+ONLY = (9, 0)  # compute capability; later ones have other instructions
+# Rows, columns of a block's tile, then of a warpgroup's; from large to small. 128 sums a thread, then 64 and 32.
+TILES: tuple[tuple[int, int, int, int], ...] = (
+    (128, 256, 64, 256),
+    (256, 128, 128, 128),
+    (128, 128, 64, 128),
+    (256, 64, 128, 64),
+    (64, 256, 64, 128),
+    (128, 64, 64, 64),
+)
+BK = 64  # channels of a step
+ROW_BYTES = 128  # of a step, and what the swizzle spans
+THREADS = 384  # two warpgroups that multiply, one that asks for copies
+REGISTERS = 168  # of a thread at first
+MOST_STAGES = 6
+RESULT_BYTES = 8 * 16 * (64 + 8) * 2  # of y in shared memory, as in conv_wgmma.cu
+BARRIER_BYTES = 2 * 8  # of a stage
+
+RATE_SHARE = 0.8  # of the tensor cores' rate, that large products reach
+SHARED_BYTES_A_CYCLE = 128
+CYCLES_A_SUM = 0.03  # of a multiprocessor, from sums to y
+START_STEPS = 2  # of a block, until the first copies have arrived
+SIZES = 8  # of a box on a long axis that are looked at
+
+
+@dataclass(frozen=True)
+class Box:
+    """Positions of a tile: `sizes` of them on each axis, of `items` batch items; `tiles` of them cover all."""
+
+    items: int
+    sizes: tuple[int, ...]
+    tiles: int
+
+    @property
+    def rows(self) -> int:
+        """Positions in the box."""
+        return self.items * math.prod(self.sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Box:
+    """The box of at most `rows` positions that covers all with the fewest, and among those the longest on the last axis."""
+    best: Box | None = None
+    choices = [
+        _sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)
+    ]
+    for sizes in itertools.product(*reversed(choices)):
+        room = rows // math.prod(sizes)
+        if not room:
+            continue
+        items = _balanced(batch, min(room, MAP_BOX))
+        sizes = sizes[::-1]
+        tiles = -(-batch // items) * math.prod(-(-n // size) for n, size in zip(out_size, sizes, strict=True))
+        if best is None or tiles < best.tiles:
+            best = Box(items, sizes, tiles)
+    if best is None:
+        raise PlanError(f"warpgroups: no box for strides {strides}")
+    return best
+
+
+def _sizes(count: int, most: int) -> list[int]:
+    """Sizes of a box on an axis of `count` positions that divide it evenly, the largest first."""
+    parts = -(-count // most)
+    last = count if count <= MAP_BOX else parts + SIZES
+    return sorted({-(-count // each) for each in range(parts, max(parts, last) + 1)}, reverse=True)
+
+
+def _balanced(count: int, most: int) -> int:
+    """The least size, at most `most`, of which as few cover `count`."""
+    return -(-count // -(-count // most))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_wgmma(
+    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
+) -> LaunchPlan:
+    """The plan of a convolution by conv_wgmma.cu; arguments as :func:`cuconv.plan.conv.plan_conv`.
+
+    Raises:
+        PlanError: it does not compute this, or not on this device.
+    """
+    element = ELEMENTS[dtype]
+    require(shape, element, aligned, limits)
+    found = [_candidate(shape, dtype, activation, limits, *sizes) for sizes in TILES]
+    best: LaunchPlan | None = None
+    lost = []
+    for plan in found:
+        if isinstance(plan, str):
+            lost.append(plan)
+        elif best is None or _seconds(plan) * CHOICE_FACTOR < _seconds(best):
+            lost += [] if best is None else [_slower(best)]
+            best = plan
+        else:
+            lost.append(_slower(plan))
+    if best is None:
+        raise PlanError("; ".join(lost))
+    return dataclasses.replace(best, rejected=tuple(lost))
+
+
+def require(shape: ConvShape, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
+    """Refuses what the kernel does not compute, or not here.
+
+    Raises:
+        PlanError: with the reason.
+    """
+    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    if limits.capability != ONLY:
+        raise PlanError(f"warpgroups: wgmma is of compute capability 9.0 alone, {limits.name} is {limits.arch}")
+    if element.bytes != 2:
+        raise PlanError(f"warpgroups: only 16-bit elements, not {element.dtype}")
+    if shape.data_format != CHANNELS_LAST:
+        raise PlanError("warpgroups: only channels_last")
+    if channels % 8 or columns % 8:
+        raise PlanError(f"warpgroups: {channels} channels and {columns} filters of a group are not multiples of 8")
+    if shape.groups > 1 and channels % BK:
+        raise PlanError(f"warpgroups: {BK} channels are copied at once, and a group of {channels} is no multiple")
+    if any(aligned):
+        raise PlanError("warpgroups: an array does not begin on a 16-byte boundary")
+    if max(shape.strides) > MAP_STEP:
+        raise PlanError(f"warpgroups: the copy engine takes strides up to {MAP_STEP}, not {shape.strides}")
+    if _furthest(shape) > INT32_MAX:
+        raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
+
+
+def _candidate(
+    shape: ConvShape, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, wm: int, wn: int
+) -> LaunchPlan | str:
+    """The plan with one tile, or why it cannot be taken."""
+    element = ELEMENTS[dtype]
+    name = f"warpgroups, tile {bm}x{bn}x{BK}"
+    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    taps = math.prod(shape.kernel_size)
+    stage = (bm + bn) * ROW_BYTES
+    stages = min(MOST_STAGES, (limits.shared_bytes - RESULT_BYTES) // (stage + BARRIER_BYTES))
+    if stages < 2:
+        return f"{name}: {limits.name} has no shared memory for two stages"
+    shared_bytes = stages * (stage + BARRIER_BYTES) + RESULT_BYTES
+
+    box = choose_box(shape.batch, shape.out_size, shape.strides, bm)
+    maps = (_map_of_x(shape, dtype, box), _map_of_w(shape, dtype))
+    for each in maps:
+        if problem := each.problem():
+            return f"{name}: no tensor map, {problem}"
+    tiles_n = -(-columns // bn)
+    tiles = box.tiles * tiles_n * shape.groups
+    steps = taps * -(-channels // BK)
+    blocks = min(tiles, limits.multiprocessors)
+    # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
+    band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
+    y_size = shape.batch * math.prod(shape.out_size) * shape.filters
+    width = index_bytes(2 * y_size, tiles + blocks, steps)
+    cost = _cost(shape, element, limits, (bm, bn, wm, wn), box, tiles, steps)
+    return LaunchPlan(
+        kernel="conv_wgmma",
+        constants=(
+            ("ELEMENT", element.c_type),
+            ("INDEX", "int" if width == 4 else "long long"),
+            ("RANK", shape.rank),
+            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            ("BM", bm),
+            ("BN", bn),
+            ("WM", wm),
+            ("WN", wn),
+            ("STAGES", stages),
+        ),
+        integers=(
+            *(tiles, box.tiles, tiles_n, band),
+            *(shape.groups, channels, columns),
+            *(taps, steps, shape.batch, box.items, box.rows),
+            *box.sizes,
+            *(-(-n // size) for n, size in zip(shape.out_size, box.sizes, strict=True)),
+            *shape.out_size,
+            *shape.kernel_size,
+            *shape.strides,
+            *shape.dilation_rate,
+            *shape.pad_before,
+        ),
+        grid=(blocks, 1, 1),
+        block=(THREADS, 1, 1),
+        index_bytes=width,
+        shared_bytes=shared_bytes,
+        dynamic_shared_bytes=shared_bytes,
+        registers=REGISTERS,
+        reason=_reason(bm, bn, stages, box, tiles, cost, limits),
+        cost=cost,
+        maps=maps,
+    )
+
+
+def _map_of_x(shape: ConvShape, dtype: str, box: Box) -> TensorMap:
+    """Of boxes of 64 channels at the inputs that the positions of `box` read for one tap."""
+    sizes = (shape.in_channels, *reversed(shape.in_size), shape.batch)
+    strides = tuple(ELEMENTS[dtype].bytes * each for each in itertools.accumulate(sizes[:-1], int.__mul__))
+    steps = (1, *reversed(shape.strides), 1)
+    spans = (BK, *reversed(box.sizes), box.items)
+    extents = tuple(span * step for span, step in zip(spans, steps, strict=True))
+    return TensorMap(0, dtype, sizes, strides, extents, steps, ROW_BYTES)
+
+
+def _map_of_w(shape: ConvShape, dtype: str) -> TensorMap:
+    """Of boxes of 64 filters and 64 channels of one tap."""
+    channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
+    row = shape.filters * ELEMENTS[dtype].bytes
+    sizes = (shape.filters, channels, taps)
+    return TensorMap(1, dtype, sizes, (row, row * channels), (BK, BK, 1), (1, 1, 1), ROW_BYTES)
+
+
+def _furthest(shape: ConvShape) -> int:
+    """The largest coordinate that a box comes to, or more."""
+    axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
+    each = (2 * (out + MAP_BOX) * stride + k_eff + abs(pad) + size for out, stride, k_eff, pad, size in axes)
+    return max(*each, shape.in_channels + BK, shape.filters + MAP_BOX, shape.batch + MAP_BOX)
+
+
+def _cost(
+    shape: ConvShape,
+    element: Element,
+    limits: DeviceLimits,
+    sizes: tuple[int, int, int, int],
+    box: Box,
+    tiles: int,
+    steps: int,
+) -> Cost:
+    """The model above."""
+    bm, bn, wm, wn = sizes
+    clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
+    tensor = 2 * bm * bn * BK / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
+    copied = (box.rows + bn) * ROW_BYTES
+    # A product of 64 rows reads them, and all columns of the warpgroup.
+    read = bm // wm * (bn // wn) * (wm // 64) * (64 + wn) * ROW_BYTES
+    shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
+    rounds = -(-tiles // limits.multiprocessors)
+    step = max(tensor, shared)
+    busy = (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / clock
+    moved = tiles * steps * copied
+    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
+    positions = shape.batch * math.prod(shape.out_size)
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    least_bytes = (x_size + depth * shape.filters + positions * shape.filters) * element.bytes
+    return slowest(
+        2 * bm * bn * BK * steps * tiles,
+        2 * positions * depth * shape.filters,
+        moved,
+        least_bytes,
+        {
+            "tensor cores" if tensor >= shared else "shared memory": busy,
+            "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
+            "memory": least_bytes / limits.bandwidth,
+        },
+    )
+
+
+def _reason(bm: int, bn: int, stages: int, box: Box, tiles: int, cost: Cost, limits: DeviceLimits) -> str:
+    useful = 100 * cost.least_flops / max(1, cost.flops)
+    sizes = "x".join(map(str, box.sizes))
+    return (
+        f"warpgroups, tile {bm}x{bn}x{BK}, {stages} stages; boxes of {sizes} positions of {box.items} items; "
+        f"{useful:.0f} % of its products count, {tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
+    )
+
+
+def _seconds(plan: LaunchPlan) -> float:
+    return plan.cost.seconds if plan.cost else math.inf
+
+
+def _slower(plan: LaunchPlan) -> str:
+    return f"{plan.reason.partition(';')[0]}: {_seconds(plan) * 1e6:.1f} us predicted"
