@@ -891,7 +891,7 @@ def test_parser_reads_operands():
     [
         ("frobnicate.u32 %r1, %r2;", r"PTX line 8: unknown opcode. Received: frobnicate.u32"),
         ("add.sparkling.u32 %r1, %r2, %r3;", r"PTX line 8: unknown modifier .sparkling"),
-        ("wgmma.fence.sync.aligned;", r"PTX line 8: unknown opcode. Received: wgmma"),
+        ("tcgen05.fence::before_thread_sync;", r"PTX line 8: unknown opcode. Received: tcgen05"),
         ("mov.u32 %r1, %nonsense;", r"PTX line 8: an undeclared name"),
         (".frobnicate 3;", r"PTX line 8: unknown directive .frobnicate"),
     ],
@@ -902,8 +902,8 @@ def test_what_is_not_known_is_an_error(body, message):
 
 
 def test_unknown_opcode_names_the_source_line():
-    source = '\nextern "C" __global__ void k() {\n  asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");\n}\n'
-    with pytest.raises(UnsupportedError, match=r"\(kernel\.cu:3\): unknown opcode. Received: setmaxnreg"):
+    source = '\nextern "C" __global__ void k() {\n  asm volatile("griddepcontrol.wait;");\n}\n'
+    with pytest.raises(UnsupportedError, match=r"\(kernel\.cu:3\): unknown opcode. Received: griddepcontrol"):
         Module(compile_ptx(source, "sm_90a"))
 
 

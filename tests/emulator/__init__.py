@@ -5,10 +5,11 @@
 
 Mode "plain" computes and checks bounds, barriers and time. Mode "trace" also finds races within and between blocks,
 uninitialised reads and reads of copies that are still under way, and counts memory transactions. A launch that has
-something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector).
+something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector); for
+sm_90 tensor_map.py and tensor_copies.cpp (the copy engine), warpgroup.cpp (wgmma), lint.py (what only the text shows).
 
-Not there, and an error: textures, clusters, tensor-memory copies, wgmma. Flags passed between threads through memory,
-without a barrier, order nothing for the detector.
+Not there, and an error: textures, clusters of more than one block, boxes in im2col order, products of 8-bit numbers.
+Flags passed between threads through memory, without a barrier, order nothing for the detector.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ from . import build, cache, nvrtc
 from .nvrtc import CompileError, compile_cubin, compile_ptx
 from .opcodes import UnsupportedError
 from .ptx import PtxError
+from .tensor_map import Swizzle, TensorMapError, encode
 from .translate import KernelInfo, translated
 
 __all__ = [
@@ -35,12 +37,15 @@ __all__ = [
     "PtxError",
     "Report",
     "Structure",
+    "Swizzle",
+    "TensorMapError",
     "Traffic",
     "UnsupportedError",
     "cache",
     "compile_cubin",
     "compile_ptx",
     "missing",
+    "tensor_map",
 ]
 
 MOST_SHOWN = 10  # reports in a message
@@ -68,11 +73,18 @@ class Structure:
     pack: Callable[[tuple[int, ...]], bytes]
 
 
+def tensor_map(array: np.ndarray, *terms, **more) -> Structure:
+    """A tensor map of an array, for a launch; further arguments as :func:`tensor_map.encode`."""
+    return Structure((array,), lambda addresses: encode(*addresses, *terms, **more))
+
+
 @dataclass(frozen=True)
 class Report:
     """Something wrong, at its first occurrence."""
 
-    kind: str  # race bounds uninitialised pending divergence deadlock hang alignment read-only barrier trap launch
+    # race bounds uninitialised pending fence divergence deadlock hang alignment read-only barrier copy registers trap
+    # launch
+    kind: str
     place: str
     text: str
     count: int
@@ -144,6 +156,7 @@ class _Request(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
         ("parameters", ctypes.c_void_p),
+        ("parameter_bytes", ctypes.c_uint64),
         ("extents", ctypes.POINTER(_Extent)),
         ("extent_count", ctypes.c_uint64),
         ("shadow_cells", ctypes.c_uint64),
@@ -331,6 +344,7 @@ class Module:
             block,
             shared_bytes,
             None,
+            0,
             memory.extents,
             len(memory.extents),
             memory.cells,
@@ -341,11 +355,13 @@ class Module:
         )
         parameters = self._parameters(name, args, memory)
         request.parameters = ctypes.addressof(parameters)
+        request.parameter_bytes = len(parameters)
         library = self._library(mode)
         with _one_launch:
             text = library.emulator_launch(ctypes.byref(request)).decode()
         memory.copy_back()
         launch = self._read(text)
+        launch.reports.extend(self._report(kind, site, message) for kind, site, message in self.kernels[name].findings)
         if check and launch.reports:
             raise EmulationError(name, launch)
         return launch
@@ -363,14 +379,16 @@ class Module:
             data[parameter.offset : parameter.offset + parameter.size] = packed
         return ctypes.create_string_buffer(bytes(data), end)
 
+    def _report(self, kind: str, site: int, message: str, count: int = 1) -> Report:
+        return Report(kind, self.translation.sites[site].place if site >= 0 else "launch", message, count)
+
     def _read(self, text: str) -> Launch:
         launch = Launch()
         for line in text.splitlines():
             row, *fields = line.split("\t")
             if row == "report":
                 kind, site, count, message = fields
-                place = self.translation.sites[int(site)].place if int(site) >= 0 else "launch"
-                launch.reports.append(Report(kind, place, message, int(count)))
+                launch.reports.append(self._report(kind, int(site), message, int(count)))
             else:
                 spot, numbers = self.translation.sites[int(fields[0])], map(int, fields[2:])
                 launch.traffic.append(Traffic(spot.place, spot.line, spot.instruction, fields[1], *numbers))

@@ -10,7 +10,8 @@ from pathlib import Path
 from . import cache
 
 HERE = Path(__file__).parent
-HEADERS = ("arithmetic.h", "runtime.h", "collectives.h")
+HEADERS = ("arithmetic.h", "runtime.h", "collectives.h", "internals.h")
+RUNTIME = ("runtime.cpp", "tensor_copies.cpp", "warpgroup.cpp")
 MODES = {"plain": 0, "trace": 1}
 
 # PTX says which products and sums are fused, so the compiler must not decide. Unique symbols would be shared between
@@ -56,5 +57,5 @@ def _compiled(suffix: str, content: str, arguments: list[str], mode: str) -> Pat
 
 def library(code: str, mode: str) -> Path:
     """The shared library of a translated module together with the runtime, in one of MODES."""
-    runtime = _compiled(".o", (HERE / "runtime.cpp").read_text(), ["-c"], mode)
-    return _compiled(".so", code, ["-shared", "-s", str(runtime)], mode)
+    runtime = [str(_compiled(".o", (HERE / name).read_text(), ["-c"], mode)) for name in RUNTIME]
+    return _compiled(".so", code, ["-shared", "-s", *runtime], mode)

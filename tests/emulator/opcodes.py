@@ -32,6 +32,7 @@ class Writer(Protocol):
     def targets(self, name: str) -> tuple[str, ...]: ...
     def call(self, name: str, results: Vector, arguments: Vector) -> str: ...
     def is_backward(self, name: str) -> bool: ...
+    def sums(self) -> list[str]: ...
 
 
 class Site:
@@ -110,7 +111,7 @@ TABLE: dict[str, Builder] = {}
 
 
 def opcode(*names: str) -> Callable[[Builder], Builder]:
-    """Enters a builder into the table."""
+    """Enters a builder into the table, for all instructions that begin so: `mma`, or `cp.async.bulk`."""
 
     def enter(builder: Builder) -> Builder:
         TABLE.update(dict.fromkeys(names, builder))
@@ -122,10 +123,12 @@ def opcode(*names: str) -> Callable[[Builder], Builder]:
 def statement(instruction: Instruction, number: int, writer: Writer) -> str:
     """The C++ of one instruction, its guard aside."""
     site = Site(instruction, number, writer)
-    builder = TABLE.get(instruction.opcode)
-    if builder is None:
+    words = [instruction.opcode, *instruction.modifiers]
+    name = next((name for n in range(len(words), 0, -1) if (name := ".".join(words[:n])) in TABLE), None)
+    if name is None:
         raise site.unsupported("unknown opcode")
-    code = builder(site)
+    site.modifiers = words[name.count(".") + 1 :]
+    code = TABLE[name](site)
     if site.modifiers:
         raise site.unsupported(f"unknown modifier .{site.modifiers[0]}")
     return code
@@ -428,6 +431,7 @@ def convert(site: Site) -> str:
 # --- Memory ------------------------------------------------------------------------------------------------------
 
 SPACES = {"global": "GLOBAL", "shared": "SHARED", "shared::cta": "SHARED", "local": "LOCAL", "const": "GLOBAL"}
+SPACES["shared::cluster"] = "SHARED"  # of a cluster of one block
 CACHE_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L2::64B", "L2::128B", "L2::256B")
 CACHE_HINTS += tuple(f"L1::{what}" for what in ("evict_normal", "evict_first", "evict_last", "no_allocate"))
 STRONG = ("volatile", "relaxed", "acquire", "release", "acq_rel")
@@ -586,6 +590,23 @@ def barrier(site: Site) -> str:
     return f"barrier({site.here}, {site.read(0, 'u32')}, {count}, {str(waits).lower()});"
 
 
+@opcode("barrier.cluster")
+def barrier_of_cluster(site: Site) -> str:
+    """Of a cluster of one block."""
+    waits = site.need("arrive", "wait") == "wait"
+    site.take("release", "acquire", "relaxed")
+    site.take("aligned")
+    return f"barrier({site.here}, CLUSTER_BARRIER, 0);" if waits else ";"
+
+
+@opcode("mapa")
+def address_in_cluster(site: Site) -> str:
+    """The same place in the one block of the cluster."""
+    site.take("shared::cluster")
+    kind = site.type()
+    return site.write(site.read(1, kind), kind)
+
+
 @opcode("shfl")
 def shuffle(site: Site) -> str:
     site.need("sync")
@@ -695,19 +716,33 @@ def copy_async(site: Site) -> str:
 
 @opcode("mbarrier")
 def mbarrier(site: Site) -> str:
-    action = site.need("init", "inval", "arrive", "test_wait", "try_wait")
+    action = site.need("init", "inval", "arrive", "expect_tx", "complete_tx", "test_wait", "try_wait")
     parity = site.take("parity") is not None
-    site.take("release", "acquire")
-    site.take("cta")
-    site.take("shared", "shared::cta")
+    expects = site.take("expect_tx") is not None
+    site.take("release", "acquire", "relaxed")
+    site.take("cta", "cluster")
+    site.take("shared", "shared::cta", "shared::cluster")
     site.need("b64")
     if action in ("init", "inval"):
         name = {"init": "mbarrier_init", "inval": "mbarrier_invalidate"}[action]
         count = f", {site.read(1, 'u32')}" if action == "init" else ""
         return f"{name}({site.here}, {site.address(0)}{count});"
+    if action in ("expect_tx", "complete_tx"):
+        return f"mbarrier_{action[:-3]}({site.here}, {site.address(0)}, {site.read(1, 'u32')});"
     if action == "arrive":
         count = site.read(2, "u32") if len(site.operands) == 3 else "1"
+        if expects:
+            expect = f"mbarrier_expect({site.here}, {site.address(1)}, {count}); "
+            return expect + site.write(f"mbarrier_arrive({site.here}, {site.address(1)}, 1)")
         return site.write(f"mbarrier_arrive({site.here}, {site.address(1)}, {count})")
-    phase = site.read(2, "u32" if parity else "u64")
+    phase = site.read(2, "u32" if parity else "u64")  # a fourth operand limits how long to wait
     waits = str(action == "try_wait").lower()
     return site.write(f"mbarrier_test({site.here}, {site.address(1)}, {phase}, {str(parity).lower()}, {waits})")
+
+
+@opcode("elect")
+def elect(site: Site) -> str:
+    site.need("sync")
+    mask = site.read(1, "u32")
+    code = f"const u32 m = {mask}, leader = u32(std::countr_zero(m)); ballot({site.here}, true, m); "
+    return code + site.write_pair("leader", "(self.lane == leader)", "u32")

@@ -126,6 +126,9 @@ class Kernel:
     parameters: list[Parameter]
     results: list[Parameter] = field(default_factory=list)
     most_threads: int = 0  # of a block; 0 where the text sets no bound
+    least_blocks: int = 0  # of a multiprocessor; 0 likewise
+    most_registers: int = 0  # of a thread; 0 likewise
+    cluster: int = 1  # blocks
     registers: dict[str, str] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     body: list[Label | Instruction] = field(default_factory=list)
@@ -315,6 +318,14 @@ class _Parser:
                 kernel.most_threads = self.integer()
                 while self.accept(","):
                     kernel.most_threads *= self.integer()
+            elif self.accept(".minnctapersm"):
+                kernel.least_blocks = self.integer()
+            elif self.accept(".maxnreg"):
+                kernel.most_registers = self.integer()
+            elif self.accept(".reqnctapercluster"):
+                kernel.cluster = self.integer()
+                while self.accept(","):
+                    kernel.cluster *= self.integer()
             else:
                 self.next()
         self.body(kernel)

@@ -5,9 +5,10 @@
 //
 // The detector keeps a vector clock for each thread and, for every two bytes of memory, who wrote last and two of those
 // who read since. Two accesses race when one writes, they are not both atomic or strong, and no barrier orders them;
-// nothing orders two blocks.
+// nothing orders two blocks. What copies and multiplies on its own has entries in the clocks like a thread.
 
 #include "collectives.h"
+#include "internals.h"
 
 #include <algorithm>
 #include <chrono>
@@ -33,10 +34,12 @@ Index ctaid, ntid, nctaid;
 u32 dynamic_shared_bytes, branches, shared_size;
 Extent* last_extent;
 u8 *shared_memory, *shared_valid;
+const u8* parameters;
+const KernelInfo* kernel;
+u32 threads, clock_size;
+bool random_order;
 
 // ---- state ------------------------------------------------------------------------------------------------------
-
-enum State { READY, AT_BARRIER, AT_MEETING, AT_MBARRIER, DONE };
 
 struct Copy {
   u8* to;
@@ -71,9 +74,12 @@ struct Barrier {
   std::vector<u32> clock;
 };
 struct Mbarrier {
-  u32 count, pending;
+  u32 count, pending;              // arrivals of a phase, and how many are missing
+  long expected, under_way;        // bytes that are to come in this phase, and that copies are bringing
   u64 phase;
-  std::vector<u32> clock;
+  u32 initialised_by;
+  bool visible;                    // to the copy engine
+  std::vector<u32> arrived, over;  // clocks: of all who have arrived, of those who had in the phases that are over
 };
 struct Cell {
   u32 write_block, write_clock, read_block[2], read_clock[2];
@@ -91,7 +97,7 @@ struct Traffic {
 
 static std::vector<Fiber> fibers;
 static std::vector<std::array<Meeting, 32>> meetings;  // by warp; arrived == 0: free
-static std::array<Barrier, 16> barriers;
+static std::array<Barrier, CLUSTER_BARRIER + 1> barriers;
 static std::map<u32, Mbarrier> mbarriers;
 static std::vector<Extent> extents, hints;
 static std::vector<u8> shared_flags;
@@ -100,13 +106,14 @@ static std::vector<Cell> shared_cells;
 static Cell* global_cells;
 static std::vector<Report> reports;
 static std::vector<Traffic> traffic;                   // two a site: global, shared
-static const KernelInfo* kernel;
-static const u8* parameters;
+static std::map<std::pair<u32, u32>, u32> engines;     // (kind, number) -> entry in the clocks
 static Fiber* running;
-static u32 threads, live, stack_bytes;
+static u32 live, stack_bytes;
+static u64 parameter_bytes;
 static u32 block_number;                               // 1 for the first block that runs
-static bool aborted, random_order;
+static bool aborted;
 static bool turn_over;                                 // other warps go first, this one may be waiting for them
+static bool idle;                                      // the thread that ran last has only asked again
 static u64 random_state;
 static const u64* chosen_blocks;                       // null: all of the grid
 static u64 block_count;
@@ -115,7 +122,7 @@ static u64 first_block, block_stride;
 static double time_limit;
 static std::chrono::steady_clock::time_point start;
 
-static u32 random_below(u32 n) {
+u32 random_below(u32 n) {
   random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
   return u32((random_state >> 11) % n);
 }
@@ -129,8 +136,7 @@ static u64 block_at(u64 i) {
 
 // ---- reports ----------------------------------------------------------------------------------------------------
 
-__attribute__((format(printf, 4, 5))) static void report(const char* kind, int site, const Thread* thread,
-                                                         const char* format, ...) {
+void report(const char* kind, int site, const Thread* thread, const char* format, ...) {
   for (Report& r : reports)
     if (r.site == site && r.kind == kind) {
       r.count++;
@@ -194,14 +200,15 @@ static void prepare(Fiber& f, void (*entry)()) {
 }
 #endif
 
-static void wait(State state, int site) {
+void wait(State state, int site) {
   running->state = state;
   running->site = site;
   to_scheduler();
 }
+void wake(u32 thread) { fibers[thread].state = READY; }
 
 // Ends the launch. The fiber is never resumed, so nothing on its stack may need a destructor.
-[[noreturn]] static void abort_launch() {
+void abort_launch() {
   aborted = true;
   to_scheduler();
   __builtin_unreachable();
@@ -220,15 +227,15 @@ static bool out_of_time(int site, const Thread* self) {
 
 void watch(Thread& self, int site) {
   if (out_of_time(site, &self)) abort_launch();
-  turn_over = true;
+  turn_over = idle = true;
   wait(READY, site);
 }
 
 // ---- clocks -----------------------------------------------------------------------------------------------------
 
-static u32* clock_of(u32 thread) { return &clocks[u64(thread) * threads]; }
+u32* clock_of(u32 thread) { return &clocks[u64(thread) * clock_size]; }
 static void join(u32* into, const u32* from) {
-  for (u32 i = 0; i < threads; i++) into[i] = std::max(into[i], from[i]);
+  for (u32 i = 0; i < clock_size; i++) into[i] = std::max(into[i], from[i]);
 }
 static void publish(u32 thread, std::vector<u32>& to) {
   if (!TRACE) return;
@@ -237,6 +244,47 @@ static void publish(u32 thread, std::vector<u32>& to) {
 }
 static void receive(u32 thread, const std::vector<u32>& from) {
   if (TRACE) join(clock_of(thread), from.data());
+}
+
+u32 engine(Engine kind, u32 number) {
+  const auto found = engines.find({kind, number});
+  if (found != engines.end()) return found->second;
+  if (engines.size() == engine_limit) {
+    report("launch", -1, nullptr, "more than %u mbarriers, warpgroups and threads that copy", engine_limit);
+    abort_launch();
+  }
+  return engines[{kind, number}] = threads + u32(engines.size());
+}
+
+static std::string name_of_actor(u32 id) {
+  if (id < threads) return "thread " + std::to_string(id);
+  for (const auto& [key, entry] : engines) {
+    const std::string number = std::to_string(key.second);
+    if (entry != id) continue;
+    if (key.first == ARRIVALS) return "a copy that counts on the mbarrier at shared address " + number;
+    if (key.first == PRODUCTS) return "the products of warpgroup " + number;
+    return "a bulk copy of thread " + number;
+  }
+  return "nobody";
+}
+
+Actor actor_of(const Thread& self) {
+  if (!TRACE) return {&self, nullptr, self.id, 0, false};
+  const u32* clock = clock_of(self.id);
+  return {&self, clock, self.id, clock[self.id], false};
+}
+
+// What the thread knows of is visible to engines from now on.
+void fence_async(Thread& self) {
+  for (auto& [address, b] : mbarriers) b.visible |= b.initialised_by == self.id;
+  if (!TRACE || !engine_limit) return;
+  u32* clock = clock_of(self.id);
+  u32* visible = clock + threads + engine_limit;
+  for (u32 i = 0; i < threads; i++) visible[i] = std::max(visible[i], clock[i]);
+}
+
+void fence_mbarrier_init(Thread& self) {
+  for (auto& [address, b] : mbarriers) b.visible |= b.initialised_by == self.id;
 }
 
 // ---- the detector -----------------------------------------------------------------------------------------------
@@ -253,45 +301,50 @@ static Name name_of(const Extent& e) {
   return n;
 }
 
-static bool unordered(const Thread& self, u32 block, u32 clock, u32 other) {
+static bool unordered(const Actor& by, u32 block, u32 clock, u32 other) {
   if (clock == 0) return false;
-  return block != block_number || clock == PENDING || (other != self.id && clock_of(self.id)[other] < clock);
+  return block != block_number || clock == PENDING || by.seen[other] < clock;
 }
 
-static void check(Thread& self, int site, Cell& c, Kind kind, const Extent& where) {
+static void check(const Actor& by, int site, Cell& c, Kind kind, const Extent& where) {
   const bool writes = kind != READ && kind != STRONG_READ, reads = !writes || kind == ATOMIC;
   const bool strong = kind == ATOMIC || kind == STRONG_READ || kind == STRONG_WRITE;
-  if (!(strong && c.strong_write) && unordered(self, c.write_block, c.write_clock, c.writer)) {
+  const char* what = writes ? "write to" : "read of";
+  if (!(strong && c.strong_write) && unordered(by, c.write_block, c.write_clock, c.writer)) {
     if (c.write_clock == PENDING && c.write_block == block_number)
-      report("pending", site, &self, "%s %s before the copy that thread %u started was waited for",
-             writes ? "write to" : "read of", name_of(where).text, c.writer);
+      report("pending", site, by.thread, "%s %s before the copy that thread %u started was waited for", what,
+             name_of(where).text, c.writer);
     else
-      report("race", site, &self, "%s %s races with a write by thread %u of block %llu", writes ? "write to" : "read of",
-             name_of(where).text, c.writer, (unsigned long long)block_at(c.write_block - 1));
+      report("race", site, by.thread, "%s %s races with a write by %s of block %llu", what, name_of(where).text,
+             name_of_actor(c.writer).c_str(), (unsigned long long)block_at(c.write_block - 1));
+  } else if (by.engine && &where == &shared_extent && c.write_block == block_number && c.writer < threads &&
+             by.seen[threads + engine_limit + c.writer] < c.write_clock) {
+    report("fence", site, by.thread, "an engine's %s what thread %u wrote, with no fence.proxy.async in between", what,
+           c.writer);
   }
   if (reads && !c.written && where.initialised != ALWAYS)
-    report("uninitialised", site, &self, "read of %s, never written", name_of(where).text);
+    report("uninitialised", site, by.thread, "read of %s, never written", name_of(where).text);
   if (writes) {
     for (int i = 0; i < 2; i++)
-      if (!(strong && c.strong_read[i]) && unordered(self, c.read_block[i], c.read_clock[i], c.reader[i]))
-        report("race", site, &self, "write to %s races with a read by thread %u of block %llu", name_of(where).text, c.reader[i],
-               (unsigned long long)block_at(c.read_block[i] - 1));
+      if (!(strong && c.strong_read[i]) && unordered(by, c.read_block[i], c.read_clock[i], c.reader[i]))
+        report("race", site, by.thread, "write to %s races with a read by %s of block %llu", name_of(where).text,
+               name_of_actor(c.reader[i]).c_str(), (unsigned long long)block_at(c.read_block[i] - 1));
     c.write_block = block_number;
-    c.write_clock = kind == ASYNC_WRITE ? PENDING : clock_of(self.id)[self.id];
-    c.writer = u16(self.id);
+    c.write_clock = kind == ASYNC_WRITE ? PENDING : by.now;
+    c.writer = u16(by.id);
     c.strong_write = strong;
     c.written = 1;
   } else {
-    const u32 now = clock_of(self.id)[self.id];
-    if (c.reader[0] == self.id && c.read_clock[0] == now && c.read_block[0] == block_number && c.strong_read[0] == strong)
+    if (c.reader[0] == by.id && c.read_clock[0] == by.now && c.read_block[0] == block_number &&
+        c.strong_read[0] == strong)
       return;
     // A read that this one is ordered after can be forgotten: what races with it races with this one too.
     int slot = 0;
-    while (slot < 2 && unordered(self, c.read_block[slot], c.read_clock[slot], c.reader[slot])) slot++;
+    while (slot < 2 && unordered(by, c.read_block[slot], c.read_clock[slot], c.reader[slot])) slot++;
     if (slot == 2) slot = int(random_state = random_state * 6364136223846793005u + 1) < 0;
     c.read_block[slot] = block_number;
-    c.read_clock[slot] = now;
-    c.reader[slot] = u16(self.id);
+    c.read_clock[slot] = by.now;
+    c.reader[slot] = u16(by.id);
     c.strong_read[slot] = strong;
   }
 }
@@ -381,15 +434,13 @@ static void flush_counters() {
 
 // ---- memory -----------------------------------------------------------------------------------------------------
 
-static void trace(Thread& self, int site, Space space, Cell* cells, u64 address, u32 bytes, Kind kind,
-                  const Extent& where) {
-  for (u64 i = 0; i <= (bytes - 1) / cell_bytes; i++) check(self, site, cells[i], kind, where);
-  self.fiber->log.push_back({2 * u32(site) + (space == SHARED), address, bytes});
+static void check_all(const Actor& by, int site, Cell* cells, u64 bytes, Kind kind, const Extent& where) {
+  for (u64 i = 0; i <= (bytes - 1) / cell_bytes; i++) check(by, site, cells[i], kind, where);
 }
 
 static const char* name_of(Kind kind) { return kind == READ || kind == STRONG_READ ? "read" : "write"; }
 
-static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) {
+u8* shared_access(const Actor& by, int site, u32 at, u32 bytes, Kind kind) {
   // Between two arrays lie more bytes than an access has.
   if (u64(at) + bytes > shared_size || !shared_valid[at] || !shared_valid[at + bytes - 1]) {
     long nearest = 1l << 40;
@@ -400,52 +451,83 @@ static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) 
     };
     for (u32 i = 0; i < kernel->array_count; i++) distance(kernel->arrays[i].offset, kernel->arrays[i].size, i);
     distance(kernel->dynamic_offset, dynamic_shared_bytes, kernel->array_count);
-    report("bounds", site, &self, "%s of %u bytes, %ld bytes %s shared array %u%s", name_of(kind), bytes,
+    report("bounds", site, by.thread, "%s of %u bytes, %ld bytes %s shared array %u%s", name_of(kind), bytes,
            std::labs(nearest), nearest < 0 ? "before" : "past the end of", array,
            array == kernel->array_count ? " (dynamic)" : "");
     return nullptr;
   }
-  if (TRACE) trace(self, site, SHARED, &shared_cells[at / cell_bytes], at, bytes, kind, shared_extent);
+  if (TRACE) check_all(by, site, &shared_cells[at / cell_bytes], bytes, kind, shared_extent);
   return shared_memory + at;
 }
 
-static u8* resolve_global(Thread& self, int site, u64 address, u32 bytes, Kind kind) {
+static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) {
+  u8* p = shared_access(actor_of(self), site, at, bytes, kind);
+  if (TRACE && p) self.fiber->log.push_back({2 * u32(site) + 1, at, bytes});
+  return p;
+}
+
+static bool find_extent(const Thread& self, int site, u64 address, u64 bytes, Kind kind) {
   const bool reads = kind == READ || kind == STRONG_READ;
   const auto holds = [&](const Extent& e) {
     return address >= e.low && address + bytes <= e.high && (reads || e.writable);
   };
-  if (!holds(last_extent[site])) {
-    const auto found = std::find_if(extents.begin(), extents.end(), holds);
-    if (found == extents.end()) {
-      for (const Extent& e : extents)
-        if (address >= e.low && address + bytes <= e.high) {
-          report("read-only", site, &self, "write to %s, which is read-only", name_of(e).text);
-          return nullptr;
-        }
-      long nearest = std::numeric_limits<long>::max();
-      Name name{"anything"};
-      for (const Extent& e : extents) {
-        const long d = address >= e.high ? long(address - e.high) : address < e.low ? long(address - e.low) : 0;
-        if (std::labs(d) < std::labs(nearest)) nearest = d, name = name_of(e);
-      }
-      report("bounds", site, &self, "%s of %u bytes, %ld bytes %s %s", name_of(kind), bytes, std::labs(nearest),
-             nearest < 0 ? "before" : "past the end of", name.text);
-      return nullptr;
-    }
+  if (holds(last_extent[site])) return true;
+  const auto found = std::find_if(extents.begin(), extents.end(), holds);
+  if (found != extents.end()) {
     last_extent[site] = *found;
+    return true;
   }
+  for (const Extent& e : extents)
+    if (address >= e.low && address + bytes <= e.high) {
+      report("read-only", site, &self, "write to %s, which is read-only", name_of(e).text);
+      return false;
+    }
+  long nearest = std::numeric_limits<long>::max();
+  Name name{"anything"};
+  for (const Extent& e : extents) {
+    const long d = address >= e.high ? long(address - e.high) : address < e.low ? long(address - e.low) : 0;
+    if (std::labs(d) < std::labs(nearest)) nearest = d, name = name_of(e);
+  }
+  report("bounds", site, &self, "%s of %llu bytes, %ld bytes %s %s", name_of(kind), (unsigned long long)bytes,
+         std::labs(nearest), nearest < 0 ? "before" : "past the end of", name.text);
+  return false;
+}
+
+static void check_global(const Actor& by, int site, u64 address, u64 bytes, Kind kind) {
   const Extent& e = last_extent[site];
+  check_all(by, site, global_cells + e.shadow + (address - e.low) / cell_bytes, bytes, kind, e);
+}
+
+static u8* resolve_global(Thread& self, int site, u64 address, u32 bytes, Kind kind) {
+  if (!find_extent(self, site, address, bytes, kind)) return nullptr;
   if (TRACE) {
-    Cell* cells = global_cells + e.shadow + (address - e.low) / cell_bytes;
-    trace(self, site, GLOBAL, cells, address, bytes, kind, e);
+    check_global(actor_of(self), site, address, bytes, kind);
+    self.fiber->log.push_back({2 * u32(site), address, bytes});
   }
   return reinterpret_cast<u8*>(address);
 }
 
-static bool aligned(Thread& self, int site, u64 address, u32 bytes) {
+// One line of what an engine copies; it is counted as a request.
+u8* global_access(const Actor& by, int site, u64 address, u64 bytes, Kind kind) {
+  if (!find_extent(*by.thread, site, address, bytes, kind)) return nullptr;
+  if (TRACE) {
+    check_global(by, site, address, bytes, kind);
+    Traffic& t = traffic[2 * site];
+    t.requests++, t.bytes += bytes;
+    t.sectors += (address + bytes - 1) / SECTOR - address / SECTOR + 1;
+    t.least_sectors += (bytes + SECTOR - 1) / SECTOR;
+  }
+  return reinterpret_cast<u8*>(address);
+}
+
+bool aligned(const Thread& self, int site, u64 address, u32 bytes) {
   if (!(address & (bytes - 1))) return true;  // a power of two
   report("alignment", site, &self, "address is no multiple of %u bytes", bytes);
   return false;
+}
+
+bool in_parameters(u64 address, u64 bytes) {
+  return address >= u64(parameters) && address + bytes <= u64(parameters) + parameter_bytes;
 }
 
 u8* resolve(Thread& self, int site, Space space, u64 address, u32 bytes, Kind kind) {
@@ -495,7 +577,7 @@ u32 barrier(Thread& self, int site, u32 id, u32 count, bool waits, Reduction red
   Barrier& b = barriers[id];
   if (b.arrived == 0) {
     b.expected = count, b.site = site, b.popc = b.any = 0, b.all = 1;
-    if (TRACE) b.clock.assign(threads, 0);
+    if (TRACE) b.clock.assign(clock_size, 0);
   } else if (b.expected != count || (count == 0 && b.site != site)) {
     report("divergence", site, &self, "threads of one block wait at two different barriers");
   }
@@ -510,6 +592,7 @@ u32 barrier(Thread& self, int site, u32 id, u32 count, bool waits, Reduction red
 }
 
 void leave(Thread& self) {
+  leave_products(self);
   self.fiber->state = DONE;
   live--;
   for (Barrier& b : barriers)
@@ -549,7 +632,7 @@ void meet(Thread& self, int site, u32 mask, const void* in, void* out, Combine c
   combine(*m);
   if (orders_memory && TRACE) {
     static std::vector<u32> clock;
-    clock.assign(threads, 0);
+    clock.assign(clock_size, 0);
     for (u32 l = 0; l < 32; l++)
       if (mask >> l & 1) publish(m->threads[l]->id, clock);
     for (u32 l = 0; l < 32; l++)
@@ -631,12 +714,39 @@ static Mbarrier& mbarrier_at(Thread& self, int site, u64 address) {
 
 void mbarrier_init(Thread& self, int site, u64 address, u32 count) {
   if (!access(self, site, SHARED, address, 8, STRONG_WRITE)) abort_launch();
-  mbarriers[u32(address)] = {count, count, 0, std::vector<u32>(threads)};
+  const std::vector<u32> clock(clock_size);
+  mbarriers[u32(address)] = {count, count, 0, 0, 0, self.id, false, clock, clock};
 }
 
 void mbarrier_invalidate(Thread& self, int site, u64 address) {
   mbarrier_at(self, site, address);
   mbarriers.erase(u32(address));
+}
+
+static void end_phase(const Thread& self, int site, Mbarrier& b) {
+  if (b.pending || b.expected) return;
+  if (b.under_way)
+    report("barrier", site, &self, "a phase of an mbarrier ends while copies bring it %ld bytes: more come than expected",
+           b.under_way);
+  b.phase++, b.pending = b.count;
+  if (TRACE) join(b.over.data(), b.arrived.data());
+}
+
+constexpr u32 MOST_BYTES = (1 << 20) - 1;  // that a phase can expect
+
+void mbarrier_expect(Thread& self, int site, u64 address, u32 bytes) {
+  Mbarrier& b = mbarrier_at(self, site, address);
+  b.expected += bytes;
+  if (bytes > MOST_BYTES || b.expected > long(MOST_BYTES)) {
+    report("barrier", site, &self, "an mbarrier expects %ld bytes, %u are possible", b.expected, MOST_BYTES);
+    abort_launch();
+  }
+}
+
+void mbarrier_complete(Thread& self, int site, u64 address, u32 bytes) {
+  Mbarrier& b = mbarrier_at(self, site, address);
+  b.expected -= bytes;
+  end_phase(self, site, b);
 }
 
 u64 mbarrier_arrive(Thread& self, int site, u64 address, u32 count) {
@@ -646,10 +756,27 @@ u64 mbarrier_arrive(Thread& self, int site, u64 address, u32 count) {
     abort_launch();
   }
   const u64 phase = b.phase;
-  publish(self.id, b.clock);
+  publish(self.id, b.arrived);
   b.pending -= count;
-  if (b.pending == 0) b.phase++, b.pending = b.count;
+  end_phase(self, site, b);
   return phase;
+}
+
+Actor begin_transaction(Thread& self, int site, u32 address, u32 bytes) {
+  Mbarrier& b = mbarrier_at(self, site, address);
+  if (!b.visible)
+    report("fence", site, &self, "a copy counts on an mbarrier with no fence.mbarrier_init after its initialisation");
+  b.under_way += bytes;
+  if (!TRACE) return actor_of(self);
+  return {&self, clock_of(self.id), engine(ARRIVALS, address), u32(b.phase) + 1, true};
+}
+
+void complete_transaction(const Thread& self, int site, u32 address, u32 bytes) {
+  const auto found = mbarriers.find(address);
+  if (found == mbarriers.end()) return report("barrier", site, &self, "an mbarrier that a copy counts on is gone");
+  Mbarrier& b = found->second;
+  b.under_way -= bytes, b.expected -= bytes;
+  end_phase(self, site, b);
 }
 
 static bool passed(u64 current, u64 phase, bool parity) {
@@ -662,12 +789,17 @@ bool mbarrier_test(Thread& self, int site, u64 address, u64 phase, bool parity, 
       self.fiber->waits_for = u32(address);
       self.fiber->phase = phase << 1 | parity;
     }
-    turn_over = true;
+    turn_over = idle = true;
     wait(waits ? AT_MBARRIER : READY, site);
   }
   Mbarrier& b = mbarrier_at(self, site, address);
   if (!passed(b.phase, phase, parity)) return false;
-  receive(self.id, b.clock);
+  receive(self.id, b.over);
+  if (TRACE)
+    if (const auto found = engines.find({ARRIVALS, u32(address)}); found != engines.end()) {
+      u32& seen = clock_of(self.id)[found->second];
+      seen = std::max(seen, u32(b.phase));
+    }
   return true;
 }
 
@@ -700,20 +832,26 @@ static std::vector<u32> ascending(u32 n) {
 static void report_deadlock() {
   u32 waiting[DONE + 1] = {};
   int site = -1;
+  std::string missing;
   for (const Fiber& f : fibers) {
     waiting[f.state]++;
     if (f.state != DONE) site = f.site;
+    if (f.state != AT_MBARRIER || !missing.empty()) continue;
+    const Mbarrier& b = mbarriers.at(f.waits_for);
+    missing = ", which lacks " + std::to_string(b.pending) + " arrivals and " + std::to_string(b.expected) + " bytes";
   }
+  if (waiting[AT_REGISTERS]) missing += ", " + std::to_string(waiting[AT_REGISTERS]) + " for registers";
   report("deadlock", site, nullptr,
-         "%u threads wait at a barrier, %u for lanes of their warp, %u at an mbarrier, %u have exited; "
+         "%u threads wait at a barrier, %u for lanes of their warp, %u at an mbarrier%s, %u have exited; "
          "block (%u, %u, %u)",
-         waiting[AT_BARRIER], waiting[AT_MEETING], waiting[AT_MBARRIER], waiting[DONE], ctaid.x, ctaid.y, ctaid.z);
+         waiting[AT_BARRIER], waiting[AT_MEETING], waiting[AT_MBARRIER], missing.c_str(), waiting[DONE], ctaid.x,
+         ctaid.y, ctaid.z);
 }
 
 static void reset_block() {
   std::memset(shared_memory, POISON, shared_size);
   if (TRACE) {
-    clocks.assign(u64(threads) * threads, 0);
+    clocks.assign(u64(threads) * clock_size, 0);
     for (u32 i = 0; i < threads; i++) clock_of(i)[i] = 1;
     shared_cells.assign(shared_size / cell_bytes + 1, Cell{});
   }
@@ -721,6 +859,9 @@ static void reset_block() {
   for (auto& warp : meetings)
     for (Meeting& m : warp) m.arrived = 0;
   mbarriers.clear();
+  engines.clear();
+  reset_copies();
+  reset_products();
   for (Fiber& f : fibers) {
     f.state = READY;
     f.open.clear(), f.groups.clear(), f.log.clear();
@@ -733,7 +874,7 @@ static void run_block() {
   reset_block();
   std::vector<u32> warps = ascending(u32(meetings.size())), lanes = ascending(32);
   while (live) {
-    bool any = false;
+    bool any = false, busy = false;
     shuffle_order(warps);
     for (u32 warp : warps) {
       turn_over = false;
@@ -744,25 +885,31 @@ static void run_block() {
           const u32 i = warp * 32 + lane;
           if (i >= threads || !can_run(fibers[i])) continue;
           running = &fibers[i];
+          idle = false;
           to_fiber();
           if (aborted) return;
           any = again = true;
+          busy |= !idle;
         }
         turn_over |= random_order && random_below(4) == 0;
       }
     }
+    const bool now = !busy || (engine_limit && random_order && random_below(2));
+    if (now && (advance_copy() || advance_product())) continue;
     if (!any) {
       report_deadlock();
       aborted = true;
       return;
     }
   }
+  finish_copies();
   flush_counters();
 }
 
 struct Request {
   u32 kernel, grid[3], block[3], shared_bytes;
   const u8* parameters;
+  u64 parameter_bytes;
   const Extent* extents;
   u64 extent_count, shadow_cells;
   const u64* blocks;  // null: the whole grid
@@ -829,9 +976,11 @@ static void launch(const Request& r) {
   time_limit = r.timeout;
   kernel = &kernels[r.kernel];
   parameters = r.parameters;
+  parameter_bytes = r.parameter_bytes;
   ntid = {r.block[0], r.block[1], r.block[2]};
   nctaid = {r.grid[0], r.grid[1], r.grid[2]};
   threads = ntid.x * ntid.y * ntid.z;
+  clock_size = threads + (engine_limit ? engine_limit + threads : 0);
   dynamic_shared_bytes = r.shared_bytes;
   random_order = r.seed != 0;
   random_state = 0x9e3779b97f4a7c15u * (r.seed + 1);

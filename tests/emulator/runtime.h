@@ -117,6 +117,7 @@ inline void backward(Thread& self, int site) {
 // ---- barriers and collectives -----------------------------------------------------------------------------------
 
 enum Reduction { POPC, AND, OR };
+constexpr u32 CLUSTER_BARRIER = 16;  // behind those that PTX numbers
 // `threads` 0: the whole block. Returns the reduction of `value` over the threads.
 u32 barrier(Thread&, int site, u32 id, u32 threads, bool wait = true, Reduction = POPC, u32 value = 0);
 
@@ -141,8 +142,48 @@ void wait_all(Thread&);
 
 void mbarrier_init(Thread&, int site, u64 address, u32 count);
 void mbarrier_invalidate(Thread&, int site, u64 address);
+void mbarrier_expect(Thread&, int site, u64 address, u32 bytes);
+void mbarrier_complete(Thread&, int site, u64 address, u32 bytes);
 u64 mbarrier_arrive(Thread&, int site, u64 address, u32 count);  // returns the phase arrived in
 bool mbarrier_test(Thread&, int site, u64 address, u64 phase, bool parity, bool wait);
+
+// ---- bulk copies (tensor_copies.cpp) ----------------------------------------------------------------------------
+
+// Coordinates innermost first. Loads count on an mbarrier, stores belong to a group of their thread.
+void load_box(Thread&, int site, u64 shared, u64 map, const s32* start, u32 rank, u64 mbarrier, u32 blocks);
+void store_box(Thread&, int site, u64 map, const s32* start, u32 rank, u64 shared);
+void load_bytes(Thread&, int site, u64 shared, u64 global, u32 bytes, u64 mbarrier, u32 blocks);
+void store_bytes(Thread&, int site, u64 global, u64 shared, u32 bytes);
+void commit_stores(Thread&);
+void wait_stores(Thread&, u32 groups_left, bool until_read);
+void fence_async(Thread&);
+void fence_mbarrier_init(Thread&);
+
+// ---- warpgroups (warpgroup.cpp) ---------------------------------------------------------------------------------
+
+enum Element { HALF, BFLOAT, TF32 };
+struct Multiply {
+  Element element;
+  u32 columns;
+  bool transposed_a, transposed_b, negated_a, negated_b;
+};
+// D [64, columns] += A [64, 32 bytes] B [32 bytes, columns]. `a` null: A lies in shared memory. `d` is given back as
+// tokens, for which wait_products() puts the sums into registers.
+void multiply(Thread&, int site, const Multiply&, const u32* a, u64 descriptor_a, u64 descriptor_b, bool adds, u32* d);
+void commit_products(Thread&);
+void wait_products(Thread&, u32 groups_left, u32* const* registers, u32 count);
+void read_token(Thread&, int site);
+void change_registers(Thread&, int site, u32 count, bool more);
+
+// A NaN that no instruction makes; its lower bits number a sum of the thread.
+constexpr u32 TOKEN = 0x7fa00000, TOKENS = 1 << 20;
+inline bool is_token(u32 bits) { return bits - TOKEN < TOKENS; }
+// What an ordinary instruction reads of a register that can be a sum.
+template <class T>
+inline T settled(Thread& self, int site, T v) {
+  if (is_token(std::bit_cast<u32>(v))) read_token(self, site);
+  return v;
+}
 
 // ---- the module, as the translator writes it --------------------------------------------------------------------
 
@@ -154,6 +195,7 @@ struct KernelInfo {
   const SharedArray* arrays;
   u32 array_count, dynamic_offset;
   u64 stack_bytes;
+  u32 most_threads, least_blocks, most_registers;  // its launch bounds; 0 where the text has none
 };
 struct ModuleVariable {
   u8* address;
@@ -163,6 +205,7 @@ struct ModuleVariable {
 extern const KernelInfo kernels[];
 extern const ModuleVariable module_variables[];
 extern const u32 module_variable_count, site_count;
+extern const u32 engine_limit;  // 0 where the module has nothing that an engine does
 extern const u32 cell_bytes;  // of memory that share a shadow cell: 1 if the module accesses single bytes, else 2
 
 }  // namespace emulator

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cache
-from .opcodes import TYPES, is_byte_access, statement
+from . import cache, lint
+from .opcodes import TYPES, UnsupportedError, is_byte_access, statement
 from .ptx import (
     SIZES,
     Address,
@@ -27,15 +27,21 @@ from .ptx import (
     Vector,
     parse,
 )
+from .tensor_copies import uses_engine
+from .warpgroup import sums_of
 
 REDZONE = 1024  # bytes between shared arrays, so that one index too many falls between them
 STACK = 96 * 1024  # bytes for the compiler's own use, on top of local arrays and registers
+
+ENGINES = 96  # of a block: mbarriers that copies count on, warpgroups, two of each thread that stores in bulk
 
 INTEGERS = {f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)}
 
 SPECIAL = {f"%{name}.{axis}": f"{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
 SPECIAL |= {f"%tid.{axis}": f"self.tid.{axis}" for axis in "xyz"}
 SPECIAL |= {"%laneid": "self.lane", "%warpid": "self.warp", "%dynamic_smem_size": "dynamic_shared_bytes"}
+SPECIAL |= dict.fromkeys(("%cluster_ctarank", "%cluster_ctaid.x", "%cluster_ctaid.y", "%cluster_ctaid.z"), "0u")
+SPECIAL |= dict.fromkeys(("%cluster_nctarank", "%cluster_nctaid.x", "%cluster_nctaid.y", "%cluster_nctaid.z"), "1u")
 SPECIAL |= {"%lanemask_eq": "(1u << self.lane)", "%lanemask_lt": "((1u << self.lane) - 1)"}
 SPECIAL |= {"%lanemask_le": "(2u << self.lane) - 1", "%lanemask_gt": "~((2u << self.lane) - 1)"}
 SPECIAL |= {"%lanemask_ge": "~((1u << self.lane) - 1)"}
@@ -48,6 +54,7 @@ class KernelInfo:
     parameters: list[Parameter]
     shared_bytes: int  # of its static arrays
     most_threads: int  # of a block, from its launch bounds; 0 without
+    findings: list[tuple[str, int, str]]  # of lint.py: kind, site, text
 
 
 class Spot(NamedTuple):
@@ -105,6 +112,7 @@ class _KernelWriter:
         self.shared += [v for part in self.parts for v in part.variables if v.space == "shared"]
         self.module = {v.name for v in program.variables if v.space in ("const", "global")}
         self.offsets, self.dynamic_offset = self._lay_out()
+        self.findings: list[tuple[str, int, str]] = []
         self._enter(kernel)
 
     def _enter(self, part: Kernel) -> None:
@@ -114,7 +122,9 @@ class _KernelWriter:
         self.local = {v.name: v for v in part.variables if v.space in ("local", "param")}
         self.passed = {p.name for p in (*part.results, *part.parameters)} if is_function else set()
         self.positions = {item.name: at for at, item in enumerate(part.body) if isinstance(item, Label)}
-        self.at = 0
+        self.late = sums_of(part)
+        self.at = self.site = 0
+        self.sites: dict[int, int] = {}  # position in the body -> number of the site
 
     def _lay_out(self) -> tuple[dict[str, int], int]:
         """Offsets of the shared arrays, and of the dynamic one. The first bytes are reserved, as on a device."""
@@ -146,6 +156,8 @@ class _KernelWriter:
             raise PtxError(f"a register, a number or a variable is expected. Received: {operand}")
         held = self._type(operand.text)
         value = self._value(operand.text)
+        if operand.text in self.late and self.kernel.body[self.at].opcode not in ("mov", "wgmma"):
+            value = f"settled(self, {self.site}, {value})"
         if held != target:
             value = f"{target}({value})" if {held, target} <= INTEGERS else f"as<{target}>({value})"
         return f"!{value}" if operand.negated else value
@@ -170,6 +182,9 @@ class _KernelWriter:
 
     def targets(self, name: str) -> tuple[str, ...]:
         return self.kernel.targets[name]
+
+    def sums(self) -> list[str]:
+        return [register(name) for name in sorted(self.late)]
 
     def call(self, name: str, results: Vector, arguments: Vector) -> str:
         if name not in self.functions:
@@ -209,6 +224,7 @@ class _KernelWriter:
         for head, part in zip(heads, self.parts):
             self._enter(part)
             lines.append(self._function(head, sites))
+            self.findings += [(kind, self.sites[at], text) for kind, at, text in lint.findings(part)]
         self._enter(self.parts[0])
         return "\n".join(lines)
 
@@ -226,8 +242,10 @@ class _KernelWriter:
             if isinstance(item, Label):
                 lines.append(f" {self.label(item.name)}:;")
                 continue
+            self.site = len(sites)
+            self.sites[at] = self.site
             try:
-                code = statement(item, len(sites), self)
+                code = statement(item, self.site, self)
             except PtxError as error:
                 if str(error).startswith("PTX line"):
                     raise
@@ -245,9 +263,10 @@ class _KernelWriter:
         for part in self.parts:
             stack += 16 * len(part.registers) + sum(v.size + v.align for v in part.variables if v.space != "shared")
         stack = math.ceil(stack / 4096) * 4096
+        bounds = ", ".join(map(str, (self.kernel.most_threads, self.kernel.least_blocks, self.kernel.most_registers)))
         return (
             f"static const SharedArray arrays_{index}[] = {{{', '.join([*arrays, '{0, 0}'])}}};",
-            f"  {{kernel_{index}, arrays_{index}, {len(arrays)}, {self.dynamic_offset}, {stack}}},",
+            f"  {{kernel_{index}, arrays_{index}, {len(arrays)}, {self.dynamic_offset}, {stack}, {bounds}}},",
         )
 
 
@@ -293,8 +312,10 @@ def translate(program: Program) -> Translation:
     table, infos = [], {}
     for index, kernel in enumerate(program.kernels.values()):
         writer = _KernelWriter(kernel, index, program)
-        infos[kernel.name] = KernelInfo(kernel.parameters, writer.shared_bytes, kernel.most_threads)
+        if kernel.cluster != 1:
+            raise UnsupportedError(f"{kernel.name} asks for clusters of {kernel.cluster} blocks; one is supported")
         lines.append(writer.code(sites))
+        infos[kernel.name] = KernelInfo(kernel.parameters, writer.shared_bytes, kernel.most_threads, writer.findings)
         arrays, row = writer.info()
         lines.append(arrays)
         table.append(row)
@@ -302,7 +323,8 @@ def translate(program: Program) -> Translation:
     lines += ["const ModuleVariable module_variables[] = {", *rows, "  {nullptr, 0, false},", "};"]
     cell_bytes = 1 if any(map(is_byte_access, sites)) else 2
     lines += [f"const u32 module_variable_count = {len(variables)}, site_count = {len(sites)};"]
-    lines += [f"const u32 cell_bytes = {cell_bytes};", "}"]
+    engines = ENGINES if any(map(uses_engine, sites)) else 0
+    lines += [f"const u32 cell_bytes = {cell_bytes}, engine_limit = {engines};", "}"]
     return Translation("\n".join(lines) + "\n", infos, [_spot(item) for item in sites], cell_bytes)
 
 
@@ -310,9 +332,12 @@ def _spot(item: Instruction) -> Spot:
     return Spot(str(item), str(item.location or f"PTX line {item.line}"), item.location.line if item.location else None)
 
 
+TRANSLATOR = ("ptx", "opcodes", "tensor_copies", "warpgroup", "lint", "translate")
+
+
 @functools.lru_cache(maxsize=1)
 def _sources() -> str:
-    return "".join((Path(__file__).parent / name).read_text() for name in ("ptx.py", "opcodes.py", "translate.py"))
+    return "".join((Path(__file__).parent / f"{name}.py").read_text() for name in TRANSLATOR)
 
 
 def translated(ptx: str) -> Translation:
