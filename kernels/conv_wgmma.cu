@@ -13,7 +13,7 @@
 //
 // Work split
 //   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache
-//   warpgroups   two multiply, WM x WN sums each; one thread of the third asks the copy engine for operands
+//   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
 //
 // Shared memory, STAGES of one step each:  xs [BM][64]   ws [BN / 64][64 k][64 n], rows of 128 bytes, swizzled;
 //   then 16 rows of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again.
@@ -22,13 +22,13 @@
 #include "activations.cuh"
 #include "positions.cuh"
 
-// Set by the plan, besides those of positions.cuh: BM BN WM WN STAGES ACTIVATION
-constexpr int BK = 64, GROUP = 128;  // channels of a step; threads of a warpgroup
+// Set by the plan, besides those of positions.cuh: BM BN BK   GM GN (of a warpgroup)   STAGES ACTIVATION
+constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int ROW_BYTES = BK * sizeof(E);
 static_assert(ROW_BYTES == 128, "a row is what the swizzle spans");
-constexpr int GROUPS_N = BN / WN, CONSUMERS = BM / WM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
-static_assert(CONSUMERS == 2 && WM % 64 == 0, "two warpgroups multiply 64 rows at a time");
-constexpr int TM = WM / 64;                             // products of a warpgroup at one k
+constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
+static_assert(CONSUMERS == 2 && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
+constexpr int TM = GM / 64;                             // products of a warpgroup at one k
 constexpr int SLICE_BYTES = BK * ROW_BYTES;             // 64 columns of ws
 constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = BN / 64 * SLICE_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int Y_PITCH = 64 + 8;                         // the padding spreads what a warp writes over the banks
@@ -89,12 +89,12 @@ struct Ring {
 constexpr unsigned long long X_LAYOUT = 1ull << 62 | (8 * ROW_BYTES / 16ull) << 32 | 1ull << 16;
 constexpr unsigned long long W_LAYOUT = 1ull << 62 | (8 * ROW_BYTES / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
 
-__device__ __forceinline__ void multiply_tiles(float (&acc)[WN / 2], unsigned long long x, unsigned long long w, half_t) {
-  ptx::multiply_tiles_half<WN>(acc, x, w);
+__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w, half_t) {
+  ptx::multiply_tiles_half<GN>(acc, x, w);
 }
-__device__ __forceinline__ void multiply_tiles(float (&acc)[WN / 2], unsigned long long x, unsigned long long w,
+__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w,
                                                bfloat_t) {
-  ptx::multiply_tiles_bfloat<WN>(acc, x, w);
+  ptx::multiply_tiles_bfloat<GN>(acc, x, w);
 }
 
 // Asks for the operands of all tiles of this block.
@@ -129,12 +129,12 @@ __device__ __forceinline__ void produce(const Params& p, Ring ring) {
 }
 
 // The sums of one tile.
-__device__ __forceinline__ void multiply(float (&acc)[TM][WN / 2], const Params& p, Ring& ring, int row, int column) {
+__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Params& p, Ring& ring, int row, int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
 #pragma unroll
-    for (int j = 0; j < WN / 2; ++j) acc[i][j] = 0;
+    for (int j = 0; j < GN / 2; ++j) acc[i][j] = 0;
   unsigned before = 0;  // what is to be emptied, once the products of the step before are made
   for (Index step = 0; step < p.steps; ++step) {
     const unsigned long long x = X_LAYOUT | (ring.memory() + row * ROW_BYTES) >> 4;
@@ -184,11 +184,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
     ptx::take_registers<CONSUMER_REGISTERS>();
     const int group = __shfl_sync(~0u, thread / GROUP, 0);  // the same for a warp, as the compiler can tell now
     const int warp = thread / 32, lane = thread % 32;
-    const int row = group / GROUPS_N * WM, column = group % GROUPS_N * WN;  // of the tile: this warpgroup's first ones
+    const int row = group / GROUPS_N * GM, column = group % GROUPS_N * GN;  // of the tile: this warpgroup's first ones
     E* const ys = reinterpret_cast<E*>(memory + STAGES * STAGE_BYTES) + warp * 16 * Y_PITCH;
     for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
       const Tile tile(p, number);
-      float acc[TM][WN / 2];
+      float acc[TM][GN / 2];
 
       // 2. Multiply-accumulate.
       multiply(acc, p, ring, row, column);
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
           if (!inside) place[r] = -1;
         }
 #pragma unroll
-        for (int q = 0; q < WN; q += 64) {
+        for (int q = 0; q < GN; q += 64) {
           const Index n0 = tile.n0 + column + q;
 #pragma unroll
           for (int j = 0; j < 64; j += 8) {

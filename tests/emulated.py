@@ -18,6 +18,9 @@ import emulator
 import numpy as np
 from emulator import Launch, Module, Structure, Traffic
 
+from emulator.tensor_map import encode
+
+from cuconv.cuda import runtime
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.types import (
@@ -28,6 +31,7 @@ from cuconv.plan.types import (
     STATIC_SHARED_BYTES,
     DeviceLimits,
     LaunchPlan,
+    TensorMap,
     compiled_for,
 )
 
@@ -38,6 +42,18 @@ ARENA = 1 << 40  # where the emulator's memory is said to start: a multiple of e
 def module(kernel: str, constants: tuple[tuple[str, int | str], ...], arch: str) -> Module:
     """The kernels of ``kernels/<kernel>.cu``, compiled with `constants`."""
     return Module(emulator.compile_ptx(kernel_directory() / f"{kernel}.cu", arch, dict(constants)))
+
+
+def parameters(plan: LaunchPlan, addresses: Sequence[int]) -> bytes:
+    """The parameter struct of a plan, with the emulator's tensor maps."""
+    return plan.parameters(addresses, [encoded(each, addresses[each.array]) for each in plan.maps])
+
+
+def encoded(given: TensorMap, address: int) -> bytes:
+    """A tensor map, from the same numbers that a driver would get."""
+    numbers = (given.sizes, given.strides, given.box, given.steps)
+    swizzle = runtime.MAP_SWIZZLES[given.swizzle]
+    return encode(address, runtime.MAP_TYPES[given.dtype], *numbers, swizzle=swizzle)
 
 
 class EmulatedRuntime:
@@ -110,7 +126,7 @@ class EmulatedRuntime:
             plan.kernel,
             plan.grid,
             plan.block,
-            (Structure(arrays, functools.partial(_parameters, plan)),),
+            (Structure(arrays, functools.partial(parameters, plan)),),
             plan.dynamic_shared_bytes,
             self.mode,
             self.seed + len(self.launches) - 1 if self.seed else 0,

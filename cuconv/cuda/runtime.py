@@ -492,8 +492,8 @@ class CudaRuntime:
 
 REMEMBERED_MAPS = 256  # addresses of an array in a plan; of others the driver makes a map anew, in two microseconds
 # As cuTensorMapEncodeTiled has them.
-_MAP_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
-_MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+MAP_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
+MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _NO_INTERLEAVE, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 0
 
 
@@ -515,14 +515,14 @@ def tensor_map(given: TensorMap, address: int) -> bytes:
     skipped = -ctypes.addressof(room) % MAP_ALIGNMENT
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(room) + skipped),
-        ctypes.c_int(_MAP_TYPES[given.dtype]),
+        ctypes.c_int(MAP_TYPES[given.dtype]),
         ctypes.c_uint32(rank),
         ctypes.c_void_p(address),
         many(*given.sizes),
         many(*given.strides),
         few(*given.box),
         few(*given.steps),
-        *map(ctypes.c_int, (_NO_INTERLEAVE, _MAP_SWIZZLES[given.swizzle], _PROMOTE_256_BYTES, _ZEROS_OUTSIDE)),
+        *map(ctypes.c_int, (_NO_INTERLEAVE, MAP_SWIZZLES[given.swizzle], _PROMOTE_256_BYTES, _ZEROS_OUTSIDE)),
     )
     if status:
         raise KernelError(f"the driver makes no tensor map, error {status}. Received: {given} at {address:#x}")

@@ -227,7 +227,7 @@ class LaunchPlan:
         if "BM" not in constants:
             return ""
         text = "x".join(str(constants[name]) for name in ("BM", "BN", "BK") if name in constants)
-        for first, second, whose in (("TM", "TN", "thread"), ("WM", "WN", "warp")):
+        for first, second, whose in (("TM", "TN", "thread"), ("WM", "WN", "warp"), ("GM", "GN", "warpgroup")):
             if first in constants and second in constants:
                 text += f", {constants[first]}x{constants[second]} a {whose}"
         return text

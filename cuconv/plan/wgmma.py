@@ -161,7 +161,7 @@ def require(shape: ConvShape, element: Element, aligned: tuple[int, ...], limits
 
 
 def _candidate(
-    shape: ConvShape, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, wm: int, wn: int
+    shape: ConvShape, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int
 ) -> LaunchPlan | str:
     """The plan with one tile, or why it cannot be taken."""
     element = ELEMENTS[dtype]
@@ -187,7 +187,7 @@ def _candidate(
     band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
     y_size = shape.batch * math.prod(shape.out_size) * shape.filters
     width = index_bytes(2 * y_size, tiles + blocks, steps)
-    cost = _cost(shape, element, limits, (bm, bn, wm, wn), box, tiles, steps)
+    cost = _cost(shape, element, limits, (bm, bn, gm, gn), box, tiles, steps)
     return LaunchPlan(
         kernel="conv_wgmma",
         constants=(
@@ -197,8 +197,9 @@ def _candidate(
             ("ACTIVATION", ACTIVATION_CODES[activation]),
             ("BM", bm),
             ("BN", bn),
-            ("WM", wm),
-            ("WN", wn),
+            ("BK", BK),
+            ("GM", gm),
+            ("GN", gn),
             ("STAGES", stages),
         ),
         integers=(
@@ -260,12 +261,12 @@ def _cost(
     steps: int,
 ) -> Cost:
     """The model above."""
-    bm, bn, wm, wn = sizes
+    bm, bn, gm, gn = sizes
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
     tensor = 2 * bm * bn * BK / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
     copied = (box.rows + bn) * ROW_BYTES
     # A product of 64 rows reads them, and all columns of the warpgroup.
-    read = bm // wm * (bn // wn) * (wm // 64) * (64 + wn) * ROW_BYTES
+    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * ROW_BYTES
     shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
     rounds = -(-tiles // limits.multiprocessors)
     step = max(tensor, shared)
