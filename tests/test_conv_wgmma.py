@@ -58,11 +58,12 @@ def cases(tile, rank):
         return (batch, *sizes, channels), (*taps, channels // groups, filters)
 
     taps = {1: (3,), 2: (2, 3), 3: (2, 1, 2)}[rank]
-    # Positions more than a tile has, more filters, a step of 8 channels besides a whole one, and padding.
-    yield *shapes(2, around(rank, bm + 5), 72, taps, bn + 8), {"padding": "same"}
-    # Boxes across items; each axis at a stride of its own.
-    strides = (3, 2, 5)[:rank]
-    yield *shapes(5, around(rank, bm // 2 + 3), 8, taps, 8), {"padding": "same", "strides": strides}
+    # Positions more than a tile has, filters of several bands, a step of 8 channels besides a whole one, and padding.
+    yield *shapes(2, around(rank, bm + 5), 72, taps, 2 * bn + 8), {"padding": "same"}
+    # Boxes across items, of which the last is not full.
+    yield *shapes(5, around(rank, bm // 3), 8, taps, 8), {"padding": "valid"}
+    # Each axis at a stride of its own.
+    yield *shapes(2, around(rank, 2 * bm + 3), 8, taps, 8), {"padding": "same", "strides": (3, 2, 5)[:rank]}
     # Dilation, and groups whose filters end inside a tile.
     yield *shapes(1, around(rank, bm - 3), 128, taps, 48, 2), {"padding": "same", "groups": 2, "dilation_rate": 2}
     # One position, whose other taps are padding.
@@ -106,3 +107,198 @@ def test_every_tile(number):
     dtype = ("float16", "bfloat16")[number % 2]
     for rank in {(number + 2) % 3 + 1, 3} if number == 5 else {(number + 2) % 3 + 1}:
         run_tile(dtype, wgmma.TILES[number], rank)
+
+
+# --- What tiles do not show --------------------------------------------------------------------------------------
+
+SMALL = wgmma.TILES[-1]
+
+
+@in_the_emulator
+def test_fused_activation():
+    case = Case((2, 9, 16), (3, 16, 8), "bfloat16", padding="same")
+    with only(SMALL):
+        for bias in (True, False):
+            case.check_forward(trace(), "hard_sigmoid", bias)
+
+
+@in_the_emulator
+def test_the_same_bits_in_any_order_of_threads_and_on_any_number_of_multiprocessors():
+    case, results = Case((3, 150, 24), (3, 24, 72), "float16", padding="same"), []
+    with only(SMALL):
+        for seed, multiprocessors in ((0, 1), (1, 2), (2, 5), (3, 132)):
+            results.append(case.forward(trace(seed, replace(LIMITS, multiprocessors=multiprocessors))))
+    assert len({each.tobytes() for each in results}) == 1
+
+
+@in_the_emulator
+@pytest.mark.parametrize("groups", [1, 2])
+def test_nan_stays_where_it_is_read(groups):
+    """In x: an item, a group of channels, and positions between those that a stride takes. In w: a filter."""
+    case = Case((2, 41, 64 * groups), (2, 64, 24 * groups), "bfloat16", strides=4, groups=groups)
+    read = np.zeros(41, bool)
+    for _, _, i in oracle.reads((41,), (2,), 4, "valid", 1)[1]:
+        read[i] = True
+    clean = oracle.conv(case.x, case.w, case.bias, strides=4, groups=groups)
+    case.x[:, ~read] = np.nan
+    case.x[1, :, -64:] = np.nan
+    case.w[..., -1] = np.nan
+    with only(SMALL):
+        y = case.forward(trace())
+    lost = np.zeros(y.shape, bool)
+    lost[1, :, -24:] = lost[..., -1] = True
+    assert np.array_equal(np.isnan(y.astype(np.float32)), lost)
+    assert_close(y[~lost], clean[~lost], dtype="bfloat16", terms=128)
+
+
+@in_the_emulator
+def test_indices_beyond_32_bits():
+    """y has more than 2**32 elements; only the last block runs, on memory that exists where it is touched."""
+    n, c = 2**29 + 77, 8
+    shape = conv_shape((1, n, c), (3, c, c), padding="same")
+    x, y = np.zeros(shape.x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
+    rng = np.random.default_rng(0)
+    w, x[:, -300:] = uniform(rng, (3, c, c), "float16"), uniform(rng, (1, 300, c), "float16")
+    limits = replace(LIMITS, multiprocessors=1 << 24)  # a tile each
+    runtime = EmulatedRuntime(limits, blocks=last_blocks)
+    with only(SMALL):
+        launching.conv(runtime, shape, x, w, None, None, y, 0)
+    (plan,) = runtime.launches
+    assert plan.index_bytes == 8
+    rows = n % plan.maps[0].box[1]
+    expected = oracle.conv(x[:, -300:], w, padding="same")
+    assert_close(y[:, -rows:], expected[:, -rows:], dtype="float16", terms=24)
+    assert not y[:, -300:-rows].any()
+
+
+@in_the_emulator
+def test_no_bank_conflicts_and_whole_sectors():
+    case = Case((2, 128, 64), (1, 64, 64), "bfloat16")
+    runtime = trace(seed=0)
+    with only(SMALL):
+        case.check_forward(runtime)
+    assert not [row for row in runtime.traffic if row.space == "shared" and row.bank_conflicts]
+    stores = [row for row in runtime.traffic if row.space == "global" and row.instruction.startswith("st")]
+    assert stores and all(row.sectors == row.least_sectors and row.bytes == row.requests * 512 for row in stores)
+
+
+# --- Planted -----------------------------------------------------------------------------------------------------
+
+WRONG = "wrong values"
+
+
+def sequence(runtime):
+    """Nine steps for six stages; boxes that end outside, steps and column tiles that do."""
+    Case((2, 131, 136), (3, 136, 72), "bfloat16", padding="same", dilation_rate=3).check_forward(runtime)
+
+
+def few_positions(runtime):
+    """Three items in a box, of five."""
+    Case((5, 40, 72), (3, 72, 24), "bfloat16", padding="same").check_forward(runtime)
+
+
+def two_groups(runtime):
+    Case((1, 40, 128), (3, 64, 48), "bfloat16", padding="same", groups=2).check_forward(runtime)
+
+
+def bands(runtime):
+    """Of two column tiles and of one."""
+    Case((1, 140, 64), (1, 64, 136), "bfloat16", padding="same").check_forward(runtime)
+
+
+GIVEN_BACK = """    ptx::products_wait<1>(acc);
+    if (step > 0 && lane == 0) ptx::barrier_arrive(before);
+"""
+PLANTS = {
+    "the producer waits for the wrong round": (
+        "ring.empty(), ring.parity ^ 1", "ring.empty(), ring.parity",
+        sequence, {"deadlock"}),
+    "the consumers wait for the wrong round": (
+        "barrier_wait(ring.full(), ring.parity)", "barrier_wait(ring.full(), ring.parity ^ 1)",
+        sequence, {"race"}),
+    "a round that is not counted": ("stage = 0, parity ^= 1;", "stage = 0;", sequence, {"barrier"}),
+    "fewer bytes than come": ("p.rows * ROW_BYTES + W_BYTES", "p.rows * ROW_BYTES", sequence, {"barrier"}),
+    "more bytes than come": ("p.rows * ROW_BYTES + W_BYTES", "BM * ROW_BYTES + W_BYTES", few_positions, {"deadlock"}),
+    "no wait for what is there": ("    ptx::barrier_wait(ring.full(), ring.parity);\n", "", sequence, {"race"}),
+    "a stage given back too early": (
+        GIVEN_BACK, "    if (lane == 0) ptx::barrier_arrive(ring.empty());\n",
+        sequence, {"race"}),
+    "a stage given back by one warpgroup": ("CONSUMERS * 4);", "4);", sequence, {"deadlock"}),
+    "products that are not waited for": ("products_wait<1>(acc);", "products_wait<2>(acc);", sequence, {"race"}),
+    "sums before they are there": ("products_wait<0>(acc);", "products_wait<1>(acc);", sequence, {"pending"}),
+    "no fence before products": ("    ptx::products_fence();\n", "", sequence, {"fence"}),
+    "no barrier before the roles part": ("  __syncthreads();\n", "", sequence, {"barrier"}),
+    "rows that nobody fills": ("at < STAGES * spare", "at < 0", few_positions, {"uninitialised"}),
+    "zeros that products may not see": ("  ptx::fence_async();\n", "", few_positions, {"fence"}),
+    "dilation forgotten": ("tap[a] * p.dilation[a]", "tap[a]", sequence, {WRONG}),
+    "padding forgotten": (" - p.pad[a];", ";", sequence, {WRONG}),
+    "the tap before": ("++w_from[2]", "w_from[2] += 2", sequence, {"deadlock"}),
+    "channels of the step before": (
+        "from[0] = tile.g * p.channels + w_from[1];", "from[0] = tile.g * p.channels;",
+        sequence, {WRONG}),
+    "channels of the first group": ("from[0] = tile.g * p.channels", "from[0] = 0", two_groups, {WRONG}),
+    "filters of the first group": ("w_from[0] = tile.g * p.columns", "w_from[0] = 0", two_groups, {WRONG}),
+    "filters of the next group": ("place[r] >= 0 && n < p.columns", "place[r] >= 0", two_groups, {"race"}),
+    "items behind the last": (" && tile.b0 + item < p.batch", "", few_positions, {"bounds"}),
+    "positions behind the last": ("inside = inside && at[a] < p.out[a];", "", sequence, {"race"}),
+    "rows 8 too far apart": (
+        "X_LAYOUT = 1ull << 62 | (8 * ROW_BYTES", "X_LAYOUT = 1ull << 62 | (16 * ROW_BYTES",
+        sequence, {WRONG}),
+    "columns too close": ("(SLICE_BYTES / 16ull) << 16", "(SLICE_BYTES / 32ull) << 16", bands, {WRONG}),
+    "the k of the step before": ("w + k * ROW_BYTES / 16", "w + k / 2 * ROW_BYTES / 16", sequence, {WRONG}),
+    "y before it is there": (
+        "          __syncwarp();\n          const Index n", "          const Index n",
+        sequence, {"race"}),
+    "y over what is still read": ("lane % 8 * 8));\n          __syncwarp();", "lane % 8 * 8));", bands, {"race"}),
+    "halves of a product exchanged": (
+        "acc[i][(q + j) / 2 + half * 2 + e]", "acc[i][(q + j) / 2 + e * 2 + half]",
+        sequence, {WRONG}),
+    "a tile twice": ("tile -= first * p.tiles_m;", "", bands, {WRONG}),
+}  # fmt: skip
+OF_128_COLUMNS = {"columns too close", "y over what is still read"}
+
+
+@in_the_emulator
+@pytest.mark.parametrize("name", PLANTS)
+def test_planted_bug_is_caught(name):
+    right, wrong, run, caught = PLANTS[name]
+    with planted("conv_wgmma.cu", right, wrong), only(wgmma.TILES[2] if name in OF_128_COLUMNS else SMALL):
+        found = what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=5.0))
+    assert caught <= found, found
+
+
+MISTAKEN_MAPS = {
+    "no swizzle": (0, lambda x: {"swizzle": 0}, {WRONG}),
+    "another swizzle": (1, lambda w: {"swizzle": 64, "box": (32, 64, 1)}, {"deadlock"}),
+    "a row of the next item": (0, lambda x: {"sizes": (136, 131 + 3, 2)}, {"bounds"}),
+    "items too close": (0, lambda x: {"strides": (272, 272 * 130)}, {WRONG}),
+    "a position less": (0, lambda x: {"box": (64, x.box[1] - 1, x.box[2])}, {"deadlock"}),
+    "every second position": (0, lambda x: {"box": (64, x.box[1] * 2, x.box[2]), "steps": (1, 2, 1)}, {WRONG}),
+    "channels of the next tap": (1, lambda w: {"sizes": (72, 136 + 64, 3)}, {"bounds"}),
+}
+
+
+@in_the_emulator
+@pytest.mark.parametrize("name", MISTAKEN_MAPS)
+def test_a_mistake_in_a_map_is_caught(name):
+    number, changes, caught = MISTAKEN_MAPS[name]
+
+    class Tampered(EmulatedRuntime):
+        def launch(self, plan, arrays):
+            maps = list(plan.maps)
+            maps[number] = replace(maps[number], **changes(maps[number]))
+            super().launch(replace(plan, maps=tuple(maps)), arrays)
+
+    with only(SMALL):
+        found = what_catches(sequence, Tampered(LIMITS, mode="trace", seed=1, timeout=5.0))
+    assert caught <= found, found
+
+
+def what_catches(run, runtime) -> set[str]:
+    try:
+        run(runtime)
+    except emulator.EmulationError as error:
+        return {report.kind for report in error.reports}
+    except AssertionError:
+        return {WRONG}
+    return set()
