@@ -148,49 +148,76 @@ def test_the_product_stages_its_rows_as_the_swizzle_says():
     assert np.array_equal(out.reshape(128, 64), swizzled(a.view(np.uint16)))
 
 
-# What wgmma does, in C++, from the manual: each thread sums up its own elements of the product.
-IN_PLACE_OF_WGMMA = """
-__device__ inline void fence_async() {}
-__device__ inline void product_fence() {}
-__device__ inline void product_commit() {}
-__device__ inline void product_wait() {}
-__device__ inline float operand(unsigned long long descriptor, int transposed, int r, int k) {
-  const unsigned start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  const int row = transposed ? k : r, column = transposed ? r : k;
-  unsigned at = start + row / 8 * stride + row % 8 * 128 + column * 2;
-  at ^= (at >> 7 & 7) << 4;
-  const unsigned short bits = *static_cast<const unsigned short*>(__cvta_shared_to_generic(at));
-  return __uint_as_float(unsigned(bits) << 16);
-}
-template <int TA, int TB>
-__device__ inline void product_64x64x16(float (&acc)[32], unsigned long long a, unsigned long long b) {
-  for (int j = 0; j < 32; ++j) {
-    const int m = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + (j & 2 ? 8 : 0);
-    const int n = j / 4 * 8 + threadIdx.x % 4 * 2 + (j & 1);
-    for (int k = 0; k < 16; ++k) acc[j] += operand(a, TA, m, k) * operand(b, TB, n, k);
-  }
-}
-}  // namespace ptx
-"""
+class EmulatedGpu(DryGpu):
+    """The emulator in the place of a GPU: tensor maps, copies and products are what it takes them for."""
+
+    def poison(self, nbytes):
+        return np.full(nbytes, 0xFF, np.uint8)
+
+    random = poison
+
+    def tensor_map(self, array, sizes, strides, box, steps=None, swizzle=0):
+        given = emulator.map_of(array, probe.BFLOAT16, sizes, strides, box, steps, swizzle=swizzle)
+        try:
+            given.pack((array.ctypes.data // 16 * 16,))
+        except emulator.TensorMapError as error:
+            raise RefusedError(str(error)) from None
+        return given
+
+    def launch(self, name, grid, block, arguments, shared_bytes=0, arch=None, **constants):
+        module = emulator.Module(emulator.compile_ptx(FOLDER / f"{name}.cu", arch or "sm_90", constants))
+        given = [each[0] if getattr(each, "dtype", None) == "V128" else each for each in arguments]
+        module.launch(name, (grid,), (block,), given, shared_bytes, mode="trace", seed=1)
+
+
+TRANSPOSED = [(False, False), (False, True), (True, False), (True, True)]
 
 
 @needs_emulator
-@pytest.mark.parametrize("transposed", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("transposed", TRANSPOSED, ids=str)
 @pytest.mark.parametrize("skip", [0, 5])
-def test_the_product_kernel_but_for_its_instruction(transposed, skip, tmp_path):
-    """Staging, descriptors, steps and epilogue, with wgmma in C++."""
-    header = (FOLDER / "instructions.cuh").read_text()
-    kept = header[: header.index("// What ordinary stores wrote")]
-    (tmp_path / "instructions.cuh").write_text(kept + IN_PLACE_OF_WGMMA)
-    (tmp_path / "product.cu").write_text((FOLDER / "product.cu").read_text())
-    constants = {**TILE, "TRANSPOSED_A": transposed[0], "TRANSPOSED_B": transposed[1]}
+def test_the_product_kernel(transposed, skip):
+    """Staging, descriptors, steps and epilogue; from any row on, since the swizzle flips bits of whole addresses."""
     a, b = probe.whole_numbers((128, 64), 1), probe.whole_numbers((64, 64), 2)
-    out = np.full((64, 64), np.nan, np.float32)
-    fixed = np.uint64(descriptor())
-    arguments = (probe.NO_MAP[0], a.view(np.uint32), b.view(np.uint32), out, fixed, fixed, np.int32(skip), np.int32(0))
-    module = emulator.Module(emulator.compile_ptx(tmp_path / "product.cu", "sm_90", constants))
-    module.launch("product", (1,), (128,), arguments, mode="trace", seed=1)
-    assert np.array_equal(out, expected_product(a, b, *transposed, skip=skip))
+    got = probe._product(EmulatedGpu(), a, b, *transposed, skip)
+    assert np.array_equal(got, expected_product(a, b, *transposed, skip=skip))
+
+
+@needs_emulator
+@pytest.mark.parametrize("row, skip", [(-3, 1), (100, 16), (5, 63)])
+def test_the_product_kernel_on_what_was_copied(row, skip):
+    gpu, x, b = EmulatedGpu(), probe.whole_numbers((200, 64), 1), probe.whole_numbers((64, 64), 2)
+    given = gpu.tensor_map(x, (64, 200), (128,), (64, 128), None, probe.SWIZZLE_128)
+    tile = probe.box_of(x, (row, 0), (128, 64))
+    got = probe._product(gpu, x, b, False, False, skip, 0, given, row)
+    assert np.array_equal(got, expected_product(tile, b, False, False, skip=skip))
+
+
+@needs_emulator
+def test_a_base_offset_moves_the_pattern():
+    """So a start between multiples of 1024 bytes must not be told as one where the pattern begins."""
+    a, b = probe.whole_numbers((128, 64), 1), probe.whole_numbers((64, 64), 2)
+    got = probe._product(EmulatedGpu(), a, b, False, False, 5, 5)
+    assert not np.array_equal(got, expected_product(a, b, False, False, skip=5))
+
+
+@needs_emulator
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["tensor", "product", "shift", "halo", "stride", "overlap", "registers"])
+def test_experiments_in_the_emulator(name, small):
+    """Where the emulator and the model below agree, both read the manual alike."""
+    for each in probe.EXPERIMENTS[name].ask(EmulatedGpu()):
+        assert each.ok is not False, each
+
+
+@needs_emulator
+def test_a_box_in_the_emulator():
+    gpu, x = EmulatedGpu(), probe.whole_numbers((200, 64), 1)
+    for swizzle in (probe.NO_SWIZZLE, probe.SWIZZLE_128):
+        given = gpu.tensor_map(x, (64, 200), (128,), (64, 30), (1, 3), swizzle)
+        expected = probe.box_of(x, (-4, 0), (30, 64), (3, 1)).view(np.uint8)
+        got = probe._box(gpu, given, (0, -4), expected.nbytes, 2).reshape(expected.shape)
+        assert np.array_equal(got, swizzled(expected) if swizzle else expected)
 
 
 # --- Arithmetic of the host --------------------------------------------------------------------------------------

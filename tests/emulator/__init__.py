@@ -44,8 +44,8 @@ __all__ = [
     "cache",
     "compile_cubin",
     "compile_ptx",
+    "map_of",
     "missing",
-    "tensor_map",
 ]
 
 MOST_SHOWN = 10  # reports in a message
@@ -73,7 +73,7 @@ class Structure:
     pack: Callable[[tuple[int, ...]], bytes]
 
 
-def tensor_map(array: np.ndarray, *terms, **more) -> Structure:
+def map_of(array: np.ndarray, *terms, **more) -> Structure:
     """A tensor map of an array, for a launch; further arguments as :func:`tensor_map.encode`."""
     return Structure((array,), lambda addresses: encode(*addresses, *terms, **more))
 

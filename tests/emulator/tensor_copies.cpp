@@ -193,6 +193,11 @@ static BulkCopy box_of(Thread& self, int site, bool loads, u64 map, const s32* s
   const u32 element = ELEMENT_BYTES[m.type];
   copy.row_bytes = m.box[0] * element;
   copy.swizzle = m.swizzle;
+  if (m.swizzle && copy.row_bytes != 16u << m.swizzle) {
+    report("copy", site, &self, "rows of %u bytes under a swizzle of %u: the manual leaves open where they lie",
+           copy.row_bytes, 16u << m.swizzle);
+    return copy;
+  }
   copy.fill = m.fill ? POISON : 0;
   const auto inside = [](s64 at, s64 last) { return std::clamp<s64>(at, 0, last + 1); };
   const s64 first = inside(start[0], m.last[0]), end = inside(s64(start[0]) + m.box[0], m.last[0]);

@@ -156,11 +156,17 @@ class _KernelWriter:
             raise PtxError(f"a register, a number or a variable is expected. Received: {operand}")
         held = self._type(operand.text)
         value = self._value(operand.text)
-        if operand.text in self.late and self.kernel.body[self.at].opcode not in ("mov", "wgmma"):
+        if operand.text in self.late and not self._passes_on(self.kernel.body[self.at]):
             value = f"settled(self, {self.site}, {value})"
         if held != target:
             value = f"{target}({value})" if {held, target} <= INTEGERS else f"as<{target}>({value})"
         return f"!{value}" if operand.negated else value
+
+    @staticmethod
+    def _passes_on(item: Instruction) -> bool:
+        """Whether a sum that is not yet made may go through an instruction."""
+        plain = all(isinstance(operand, Name) for operand in item.operands)
+        return item.opcode == "wgmma" or (item.opcode == "mov" and plain)
 
     def write(self, operand: Operand, value: str, kind: str | None = None) -> str:
         if not isinstance(operand, Name):

@@ -232,7 +232,7 @@ void multiply(Thread& self, int site, const Multiply& form, const u32* a, u64 de
     abort_launch();
   }
   Input& in = g.next.in[self.id % WARPGROUP];
-  if (a) std::copy(a, a + 4, in.a);
+  for (u32 i = 0; a && i < 4; i++) in.a[i] = settled(self, site, a[i]);
   for (u32 j = 0; j < form.columns / 2; j++) {
     const u32 place = j << 16 | form.columns;
     u32 entry = d[j] - TOKEN;
@@ -306,8 +306,10 @@ void change_registers(Thread& self, int site, u32 count, bool more) {
   if (!g.registers)
     return report("registers", site, &self, "without launch bounds, threads and blocks, the compiler ignores setmaxnreg");
   if (!gather(site, g)) return;
-  if (more ? count < g.registers : count > g.registers)
+  if (more ? count < g.registers : count > g.registers) {
     report("registers", site, &self, "setmaxnreg.%s to %u, from %u", more ? "inc" : "dec", count, g.registers);
+    abort_launch();
+  }
   g.wanted = count, g.last = self.id;
   if (count <= g.registers) free_registers += (g.registers - count) * WARPGROUP, g.registers = count;
   grant();

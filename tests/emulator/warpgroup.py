@@ -39,7 +39,8 @@ def multiply(site: Site) -> str:
     element = site.need(*ELEMENTS)
     if site.need(*ELEMENTS) != element or depth != (8 if element == "tf32" else 16):
         raise site.unsupported("no such shape")
-    sums, a, b, adds, *rest = site.operands
+    sums, a, *_ = site.operands
+    rest = site.operands[4:]
     from_registers = isinstance(a, Vector)
     transposes = 0 if element == "tf32" else 1 if from_registers else 2
     if len(rest) != 2 + transposes or len(sums.items) != columns // 2 or (from_registers and len(a.items) != 4):

@@ -11,6 +11,18 @@
 
 constexpr int STAGES = 2, TILE = 64, TILE_BYTES = TILE * TILE * 2;
 
+// Products that are under way while the next one is asked for, and the stages that are kept for them.
+#ifdef PIPELINED
+constexpr int UNDER_WAY = 1;
+#else
+constexpr int UNDER_WAY = 0;
+#endif
+#ifdef BUG_EARLY_RELEASE
+constexpr int KEPT = 0;
+#else
+constexpr int KEPT = UNDER_WAY;
+#endif
+
 extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_constant__ Map a, const __grid_constant__ Map b,
                                                              const __grid_constant__ Map y, int N, int K) {
   __shared__ alignas(1024) u16 as[STAGES][TILE * TILE];
@@ -76,16 +88,16 @@ extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_consta
 #ifndef BUG_COMMIT
         commit_products();
 #endif
-#ifdef BUG_EARLY_RELEASE
-        if (lane == 0) arrive(&empty[s]);
-#endif
 #ifndef BUG_PRODUCT_WAIT
-        wait_products<0>();
+        wait_products<UNDER_WAY>();
 #endif
-#ifndef BUG_EARLY_RELEASE
-        if (lane == 0) arrive(&empty[s]);
-#endif
+        if (step >= KEPT && lane == 0) arrive(&empty[(i - KEPT) % STAGES]);
       }
+#ifndef BUG_PRODUCT_WAIT
+      wait_products<0>();
+#endif
+      if (KEPT && lane == 0) arrive(&empty[(tile * steps + steps - 1) % STAGES]);
+
       // The tile before must have been read before this one overwrites it.
 #ifndef BUG_STORE_READ
       if (threadIdx.x == 0) wait_until_read<0>();
