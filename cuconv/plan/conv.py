@@ -26,6 +26,7 @@ from cuconv.plan.types import (
     index_bytes,
     vector,
 )
+from cuconv.plan.wgmma import plan_wgmma
 
 # conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
 SPECIAL_FACTOR = 1.1
@@ -49,13 +50,16 @@ def plan_conv(
     products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
     form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
     plan = plan_form(form, dtype, activation, aligned, limits)
-    try:
-        narrow = plan_narrow(shape, dtype, activation, aligned, limits)
-    except PlanError as error:
-        return _rejecting(plan, str(error))
-    if _seconds(narrow) <= SPECIAL_FACTOR * _seconds(plan):
-        return _rejecting(narrow, f"{plan.reason}: {_seconds(plan) * 1e6:.1f} us predicted")
-    return _rejecting(plan, f"{narrow.reason}: {_seconds(narrow) * 1e6:.1f} us predicted")
+    for special, factor in ((plan_narrow, SPECIAL_FACTOR), (plan_wgmma, 1.0)):
+        try:
+            other = special(shape, dtype, activation, aligned, limits)
+        except PlanError as error:
+            plan = _rejecting(plan, str(error))
+            continue
+        if _seconds(other) <= factor * _seconds(plan):
+            plan, other = other, plan
+        plan = _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
+    return plan
 
 
 @dataclass(frozen=True)
