@@ -496,10 +496,10 @@ def emulated(wrapper: Wrapper, inputs: Sequence[np.ndarray], arch: str, folder: 
 
 def emulated_map(given: TensorMap, array: np.ndarray) -> Any:
     """A tensor map for the emulator."""
+    import emulated
     import emulator
 
-    code, swizzle = runtime.MAP_TYPES[given.dtype], runtime.MAP_SWIZZLES[given.swizzle]
-    return emulator.tensor_map(array, code, given.sizes, given.strides, given.box, given.steps, swizzle=swizzle)
+    return emulator.Structure((array,), lambda addresses: emulated.encoded(given, *addresses))
 
 
 def map_on_gpu(given: TensorMap, array: Any) -> Any:

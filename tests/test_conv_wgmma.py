@@ -21,7 +21,6 @@ from strategies import uniform
 from test_conv_kernels import Case, around, last_blocks, name
 from test_static_gates import compiled
 
-from cuconv import geometry
 from cuconv.cuda import conv as launching
 from cuconv.geometry import conv_shape
 from cuconv.plan import wgmma
@@ -124,7 +123,7 @@ def test_fused_activation():
 
 @in_the_emulator
 def test_the_same_bits_in_any_order_of_threads_and_on_any_number_of_multiprocessors():
-    case, results = Case((3, 150, 24), (3, 24, 72), "float16", padding="same"), []
+    case, results = Case((3, 150, 24), (3, 24, 72), "bfloat16", padding="same"), []
     with only(SMALL):
         for seed, multiprocessors in ((0, 1), (1, 2), (2, 5), (3, 132)):
             results.append(case.forward(trace(seed, replace(LIMITS, multiprocessors=multiprocessors))))
@@ -256,10 +255,13 @@ PLANTS = {
     "a tile twice": ("tile -= first * p.tiles_m;", "", bands, {WRONG}),
 }  # fmt: skip
 OF_128_COLUMNS = {"columns too close", "y over what is still read"}
+DEFAULT = {"a stage given back too early", "fewer bytes than come", "dilation forgotten", "rows that nobody fills"}
 
 
 @in_the_emulator
-@pytest.mark.parametrize("name", PLANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[] if each in DEFAULT else [pytest.mark.exhaustive]) for each in PLANTS]
+)
 def test_planted_bug_is_caught(name):
     right, wrong, run, caught = PLANTS[name]
     with planted("conv_wgmma.cu", right, wrong), only(wgmma.TILES[2] if name in OF_128_COLUMNS else SMALL):
@@ -294,6 +296,13 @@ def test_a_mistake_in_a_map_is_caught(name):
     assert caught <= found, found
 
 
+@in_the_emulator
+def test_without_a_bug_nothing_is_caught():
+    for run in {run for _, _, run, _ in PLANTS.values()}:
+        with only(SMALL):
+            assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
+
+
 def what_catches(run, runtime) -> set[str]:
     try:
         run(runtime)
@@ -302,3 +311,95 @@ def what_catches(run, runtime) -> set[str]:
     except AssertionError:
         return {WRONG}
     return set()
+
+
+# --- Plans -------------------------------------------------------------------------------------------------------
+
+SEQUENCE = conv_shape((8, 16384, 128), (2, 128, 256), padding="causal", dilation_rate=512)
+IMAGE = conv_shape((64, 7, 7, 512), (3, 3, 512, 512), padding="same")
+VOLUME = conv_shape((2, 12, 30, 50, 64), (3, 3, 3, 64, 48), padding="same", strides=(1, 2, 3))
+
+
+@pytest.mark.parametrize("shape", [SEQUENCE, IMAGE, VOLUME], ids=["sequence", "image", "volume"])
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=name)
+def test_boxes_cover_all_positions(shape, tile):
+    with mock.patch.object(wgmma, "TILES", (tile,)):
+        plan = wgmma.plan_wgmma.__wrapped__(shape, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+    x_map, w_map = plan.maps
+    tiles, tiles_m, tiles_n, band, groups, channels, columns, taps, steps, batch, items, rows, *sizes = plan.integers
+    box, boxes, out = (sizes[i * shape.rank : (i + 1) * shape.rank] for i in range(3))
+    assert tiles == tiles_m * tiles_n * groups and tiles_m == prod(boxes) * -(-batch // items)
+    assert tiles_n == -(-columns // tile[1]) and 1 <= band <= tiles_n
+    assert rows == items * prod(box) <= tile[0] and max(x_map.box) <= MAP_BOX
+    assert all(n <= size * count < n + size for n, size, count in zip(out, box, boxes))
+    assert x_map.box_bytes == rows * 128 and w_map.box_bytes == 64 * 128 and not x_map.problem() + w_map.problem()
+    assert steps == taps * -(-channels // 64) and plan.grid == (min(tiles, 132), 1, 1)
+    assert plan.shared_bytes <= DEVICES["H200"].shared_bytes
+    assert 0 < plan.cost.least_flops <= plan.cost.flops and plan.cost.bound
+
+
+def test_a_box_wastes_little():
+    """Of images that no tile divides, it takes several, and what is left over is small."""
+    for size, rows, least in ((7, 128, 0.87), (14, 128, 0.95), (28, 256, 0.99), (56, 128, 0.99), (19, 128, 0.9)):
+        box = wgmma.choose_box(64, (size, size), (1, 1), rows)
+        assert 64 * size * size / (box.tiles * rows) >= least, (size, box)
+
+
+REFUSED = {
+    "another GPU": ((2, 50, 64), (3, 64, 64), {}, "bfloat16", ALIGNED, "B200", "9.0 alone"),
+    "float32": ((2, 50, 64), (3, 64, 64), {}, "float32", ALIGNED, "H200", "only 16-bit"),
+    "channels_first": ((2, 64, 50), (3, 64, 64), {"data_format": "channels_first"}, "float16", ALIGNED, "H200", "_last"),
+    "odd channels": ((2, 50, 60), (3, 60, 64), {}, "float16", ALIGNED, "H200", "60 channels and 64 filters"),
+    "odd filters": ((2, 50, 64), (3, 64, 66), {}, "float16", ALIGNED, "H200", "64 channels and 66 filters"),
+    "small groups": ((2, 50, 64), (3, 32, 64), {"groups": 2}, "float16", ALIGNED, "H200", "a group of 32"),
+    "anywhere in memory": ((2, 50, 64), (3, 64, 64), {}, "float16", (0, 4, 0), "H200", "16-byte boundary"),
+    "long strides": ((2, 50, 64), (3, 64, 64), {"strides": 9}, "float16", ALIGNED, "H200", "strides up to 8"),
+    "far away": ((2**31, 4, 64), (1, 64, 64), {}, "float16", ALIGNED, "H200", "32 bits"),
+    "no input": ((2, 0, 64), (1, 64, 64), {"padding": (1, 1)}, "float16", ALIGNED, "H200", "no tensor map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_has_a_reason(name):
+    x_shape, w_shape, options, dtype, aligned, device, reason = REFUSED[name]
+    shape = conv_shape(x_shape, w_shape, **options)
+    with pytest.raises(PlanError, match=reason):
+        wgmma.plan_wgmma(shape, dtype, "linear", aligned, DEVICES[device])
+    if name != "anywhere in memory":
+        plan = plan_conv(shape, dtype, "linear", aligned, DEVICES[device])
+        assert plan.kernel != "conv_wgmma" and any(reason in each for each in plan.rejected)
+
+
+def test_it_is_chosen_where_it_is_predicted_to_be_faster():
+    for shape in (SEQUENCE, IMAGE):
+        plan = plan_conv(shape, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+        assert plan.kernel == "conv_wgmma" and any("us predicted" in each for each in plan.rejected)
+        assert plan_conv(shape, "bfloat16", "linear", ALIGNED, DEVICES["B200"]).kernel == "conv_mma"
+    small = conv_shape((1, 40, 16), (3, 16, 16))
+    plan = plan_conv(small, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+    assert any("warpgroups" in each for each in (*plan.rejected, plan.reason))
+
+
+# --- Machine code ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(disassembly.missing() is not None, reason=str(disassembly.missing()))
+@pytest.mark.parametrize("activation", ["linear", pytest.param("gelu", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "tile", [wgmma.TILES[0], *(pytest.param(each, marks=pytest.mark.exhaustive) for each in wgmma.TILES[1:])], ids=name
+)
+def test_machine_code(tile, activation):
+    """No spill, products and copies that belong to sm_90 alone, and few instructions between products."""
+    shape = VOLUME if tile[0] == 256 else IMAGE if tile[1] == 128 else SEQUENCE
+    with mock.patch.object(wgmma, "TILES", (tile,)):
+        plan = wgmma.plan_wgmma.__wrapped__(shape, "bfloat16", activation, ALIGNED, DEVICES["H200"])
+    code = compiled(plan, "sm_90")
+    assert (code.registers, code.stack_bytes, code.spills, code.shared_bytes) == (plan.registers, 0, 0, 0)
+    assert code.count("USETMAXREG") == 2 and code.count("UTMALDG") == 1 + tile[1] // 64
+    assert code.count("STG", "128") == code.count("STG") and code.count("LDS", "128") == code.count("LDS")
+    loop = code.main_loop("HGMMA")
+    products = 4 * tile[2] // 64
+    assert loop.count("HGMMA") == products and loop.count("HGMMA", f"64x{tile[3]}x16") == products
+    assert not loop.count("BAR") and len(loop.instructions) <= 40 + 10 * products, loop.mix()
+    # Waiting for the products before, once a step: what the compiler puts between each two would be more.
+    assert loop.count("WARPGROUP", "DEPBAR") == 1

@@ -115,7 +115,12 @@ MISTAKES = {
     "the other phase": ("load_box", "sm_90", '"r"(barrier), "r"(parity)', '"r"(barrier), "r"(parity ^ 1)'),
     "coordinates exchanged": ("load_box", "sm_90", "{%3, %4, %5, %6}", "{%3, %5, %4, %6}"),
     "what engines do not see": ("multiply_tiles_half", "sm_90a", "fence.proxy.async.shared::cta;", ""),
-    "registers that nobody gave": ("take_registers", "sm_90a", "setmaxnreg.inc", "setmaxnreg.dec"),
+    "registers that nobody gave": (
+        "take_registers",
+        "sm_90a",
+        'setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)',
+        'setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS + 8)',
+    ),
     "registers that nobody has": ("take_registers", "sm_90a", "setmaxnreg.dec", "setmaxnreg.inc"),
     "sums that a product may not see": ("multiply_tiles_half", "sm_90a", "wgmma.fence.sync.aligned;", ""),
     "products in no group": ("multiply_tiles_half", "sm_90a", "wgmma.commit_group.sync.aligned;", ""),
