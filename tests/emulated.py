@@ -17,7 +17,6 @@ from typing import Any
 import emulator
 import numpy as np
 from emulator import Launch, Module, Structure, Traffic
-
 from emulator.tensor_map import encode
 
 from cuconv.cuda import runtime

@@ -126,7 +126,7 @@ extern "C" __global__ void apply(const __grid_constant__ Map three, const __grid
 PRODUCT_OF_A_WARPGROUP = """
 __device__ unsigned place(int row, int chunk) {{ return row * 8 + (chunk ^ row % 8); }}
 extern "C" __global__ void __launch_bounds__(128, 1)
-    apply(const uint4 (*a)[64][2], const uint4 (*b)[16][32], const float (*c)[64][256], float (*d)[64][256], int count) {{
+    apply(const uint4 (*a)[64][2], const uint4 (*b)[16][32], const float (*c)[64][256], float (*d)[64][256], int) {{
   __shared__ alignas(1024) uint4 left[64 * 8], right[4][16 * 8];
   const int item = blockIdx.x, thread = threadIdx.x, lane = thread % 32;
   left[place(thread / 2, thread % 2)] = a[item][thread / 2][thread % 2];
@@ -335,7 +335,7 @@ def boxes(x: np.ndarray, at: np.ndarray) -> np.ndarray:
         tensor = x.reshape(-1, *x.shape[6 - axes :])
         for item, round_ in np.ndindex(at.shape[:2]):
             chosen = [c + np.arange(n) for c, n in zip(at[item, round_, :axes][::-1], BOX[axes][::-1])]
-            inside = [(0 <= c) & (c < size) for c, size in zip(chosen, tensor.shape)]
+            inside = [(c >= 0) & (c < size) for c, size in zip(chosen, tensor.shape)]
             box = tensor[np.ix_(*(np.clip(c, 0, size - 1) for c, size in zip(chosen, tensor.shape)))]
             y[item, round_, place] = np.where(np.all(np.meshgrid(*inside, indexing="ij"), 0), box, 0).ravel()
     return y

@@ -348,7 +348,7 @@ def test_a_box_wastes_little():
 REFUSED = {
     "another GPU": ((2, 50, 64), (3, 64, 64), {}, "bfloat16", ALIGNED, "B200", "9.0 alone"),
     "float32": ((2, 50, 64), (3, 64, 64), {}, "float32", ALIGNED, "H200", "only 16-bit"),
-    "channels_first": ((2, 64, 50), (3, 64, 64), {"data_format": "channels_first"}, "float16", ALIGNED, "H200", "_last"),
+    "channels_first": ((2, 64, 50), (3, 64, 64), {"data_format": "channels_first"}, "float16", ALIGNED, "H200", "last"),
     "odd channels": ((2, 50, 60), (3, 60, 64), {}, "float16", ALIGNED, "H200", "60 channels and 64 filters"),
     "odd filters": ((2, 50, 64), (3, 64, 66), {}, "float16", ALIGNED, "H200", "64 channels and 66 filters"),
     "small groups": ((2, 50, 64), (3, 32, 64), {"groups": 2}, "float16", ALIGNED, "H200", "a group of 32"),

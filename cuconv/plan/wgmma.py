@@ -1,8 +1,8 @@
 """Convolutions on the tensor cores of sm_90, by warpgroups: conv_wgmma.cu, its tiles, boxes, and what each would cost.
 
-A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece, and a box can lie
-across several batch items; what the box has fewer than the tile has rows is multiplied in vain. The model, for one block
-and step. It takes as long as the slower of
+A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece. A box can lie
+across several batch items; what it has fewer than the tile has rows is multiplied in vain. The model, for one block and
+step. It takes as long as the slower of
 
 * the tensor cores, at the share of their rate that large products reach;
 * shared memory: each warpgroup reads its operands, every copy writes once, 128 bytes a cycle;
@@ -77,11 +77,9 @@ class Box:
 
 @functools.lru_cache(maxsize=4096)
 def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Box:
-    """The box of at most `rows` positions that covers all with the fewest, and among those the longest on the last axis."""
+    """The box of at most `rows` positions of which the fewest cover all; of those, the longest on the last axis."""
     best: Box | None = None
-    choices = [
-        _sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)
-    ]
+    choices = [_sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)]
     for sizes in itertools.product(*reversed(choices)):
         room = rows // math.prod(sizes)
         if not room:
@@ -248,7 +246,7 @@ def _furthest(shape: ConvShape) -> int:
     """The largest coordinate that a box comes to, or more."""
     axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
     each = (2 * (out + MAP_BOX) * stride + k_eff + abs(pad) + size for out, stride, k_eff, pad, size in axes)
-    return max(*each, shape.in_channels + BK, shape.filters + MAP_BOX, shape.batch + MAP_BOX)
+    return int(max(*each, shape.in_channels + BK, shape.filters + MAP_BOX, shape.batch + MAP_BOX))
 
 
 def _cost(
