@@ -48,12 +48,13 @@ struct Place {
 #endif
 };
 
-// Where results of a group go: y[b, p, f], or y[b, q*up + rho + shift, c].
+// Where results of a group go: y[b, p, f], or y[b, q*up + rho + shift, c]. P has what is read of Params.
+template <class P>
 struct Result {
-  const Params& p;
+  const P& p;
   Index group_filters, first_filter, filters, step_l, step_f;
 
-  __device__ __forceinline__ Result(const Params& p, Index g) : p(p) {
+  __device__ __forceinline__ Result(const P& p, Index g) : p(p) {
     group_filters = p.columns;
 #if UPSAMPLED
     group_filters /= volume(p.phases);
@@ -71,9 +72,14 @@ struct Result {
 
   // Of row m of the product.
   __device__ __forceinline__ Place row(Index m) const {
-    Place row;
     Index at[RANK];
     const Index b = split(m, p.out, at);
+    return position(b, at);
+  }
+
+  // Of the row that position `at` of item b has.
+  __device__ __forceinline__ Place position(Index b, Index (&at)[RANK]) const {
+    Place row;
 #if UPSAMPLED
 #pragma unroll
     for (int a = 0; a < RANK; ++a) row.at[a] = at[a] = at[a] * p.up[a] + p.shift[a];

@@ -3,13 +3,15 @@
 //   y[b,p,f] = act( bias[f] + sum over r,c of  x[b, p*stride + r*dilation - pad, c] * w[r,c,f] )
 //   x reads as zero outside its bounds.
 //
-// Twin   cuconv/reference/conv.py::conv      Plan  cuconv/plan/wgmma.py      Test  tests/test_conv_wgmma.py
+// Twin   cuconv/reference/conv.py::conv, transpose.py::conv_transpose      Plan  cuconv/plan/wgmma.py
+// Test   tests/test_conv_wgmma.py
 //
 // The rows of a tile are the positions of a box, `box` of them on each axis and of `items` batch items; its columns are
 // BN filters. A step of its sum is one tap and 64 channels, for which x is the same box elsewhere: the copy engine
-// brings it, at any stride, and zeros for what lies outside of x on any axis. 16-bit elements.
+// brings it, at any stride, and zeros for what lies outside of x on any axis. 16-bit elements. UPSAMPLED as in
+// conv_simt.cu.
 //
-// Arrays, C-contiguous   x [B, L.., C]   w [R.., C/G, F]   bias [F]   y [B, P.., F]
+// Arrays, C-contiguous   x [B, L.., C]   w [R.., C/G, F], of UPSAMPLED [G, taps.., C/G, columns]   bias [F]   y [B, P.., F]
 //
 // Work split
 //   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache
@@ -19,10 +21,9 @@
 //   then 16 rows of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again.
 //   Rows of xs that no box fills, for want of positions, stay zero.
 
-#include "activations.cuh"
-#include "positions.cuh"
+#include "conv.cuh"
 
-// Set by the plan, besides those of positions.cuh: BM BN BK   GM GN (of a warpgroup)   STAGES ACTIVATION
+// Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   STAGES ACTIVATION
 constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int ROW_BYTES = BK * sizeof(E);
 static_assert(ROW_BYTES == 128, "a row is what the swizzle spans");
@@ -41,24 +42,28 @@ static_assert(GROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 6
 struct alignas(64) Map {
   unsigned char bytes[128];
 };
-struct Params {
-  Map x_map, w_map;  // axes: channels, positions, items; filters, channels, taps
+struct WarpgroupParams {
+  Map x_map, w_map;  // axes: channels, positions, items; columns, channels, taps
   const E* x;        // read through their maps, as w
   const E* w;
   const E* bias;  // null: none
   E* y;
-  Index tiles, tiles_m, tiles_n, band;  // of a group in m and n; a band has so many of n
-  Index groups, channels, columns;      // channels and filters of one group
+  Index tiles, tiles_m, tiles_n, band;    // of a group in m and n; a band has so many of n
+  Index groups, channels, columns;        // channels and columns of one group
+  Index group_columns, group_taps;        // from one group's w to the next, on the axes of its map
   Index taps, steps, batch, items, rows;  // rows: positions of a box
   Index box[RANK], boxes[RANK];
   Index out[RANK], kernel[RANK], stride[RANK], dilation[RANK], pad[RANK];
+#if UPSAMPLED
+  Index full[RANK], up[RANK], phases[RANK], shift[RANK];
+#endif
 };
 
 // A tile: its group, its first column, item and position.
 struct Tile {
   Index g, n0, b0, at[RANK];
 
-  __device__ __forceinline__ Tile(const Params& p, Index tile) {
+  __device__ __forceinline__ Tile(const WarpgroupParams& p, Index tile) {
     const Index in_group = p.tiles_m * p.tiles_n;
     g = tile / in_group;
     tile %= in_group;
@@ -98,13 +103,14 @@ __device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned lo
 }
 
 // Asks for the operands of all tiles of this block.
-__device__ __forceinline__ void produce(const Params& p, Ring ring) {
+__device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
   for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number);
     Index tap[RANK] = {};
     int from[RANK + 2], w_from[3];
     from[RANK + 1] = tile.b0;
-    for (w_from[2] = 0; w_from[2] < p.taps; ++w_from[2]) {
+    for (Index r = 0; r < p.taps; ++r) {
+      w_from[2] = tile.g * p.group_taps + r;
 #pragma unroll
       for (int a = 0; a < RANK; ++a) from[RANK - a] = tile.at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
       for (w_from[1] = 0; w_from[1] < p.channels; w_from[1] += BK) {
@@ -114,7 +120,7 @@ __device__ __forceinline__ void produce(const Params& p, Ring ring) {
         ptx::load_box(ring.memory(), &p.x_map, ring.full(), from);
 #pragma unroll
         for (int j = 0; j < BN / 64; ++j) {
-          w_from[0] = tile.g * p.columns + tile.n0 + j * 64;
+          w_from[0] = tile.g * p.group_columns + tile.n0 + j * 64;
           ptx::load_box(ring.memory() + X_BYTES + j * SLICE_BYTES, &p.w_map, ring.full(), w_from);
         }
         ring.next();
@@ -129,7 +135,7 @@ __device__ __forceinline__ void produce(const Params& p, Ring ring) {
 }
 
 // The sums of one tile.
-__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Params& p, Ring& ring, int row, int column) {
+__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& ring, int row, int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
@@ -156,7 +162,7 @@ __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Params&
   if (lane == 0) ptx::barrier_arrive(before);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid_constant__ WarpgroupParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const int thread = threadIdx.x;
   const unsigned start = ptx::shared_address(memory);
@@ -194,34 +200,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
       multiply(acc, p, ring, row, column);
 
       // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 64 columns into whole vectors.
-      const Index f0 = tile.g * p.columns;
+      const Result result(p, tile.g);
 #pragma unroll
       for (int i = 0; i < TM; ++i) {
-        // The rows that this lane stores, as elements of y from f0 on; below zero where there is none.
-        Index place[4];
+        Place place[4];  // of the rows that this lane stores
+        bool inside[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           Index at[RANK];
           const Index m = row + i * 64 + warp % 4 * 16 + r * 4 + lane / 8, item = split(m, p.box, at);
-          bool inside = m < p.rows && tile.b0 + item < p.batch;
+          inside[r] = m < p.rows && tile.b0 + item < p.batch;
 #pragma unroll
           for (int a = 0; a < RANK; ++a) {
             at[a] += tile.at[a];
-            inside = inside && at[a] < p.out[a];
+            inside[r] = inside[r] && at[a] < p.out[a];
           }
-          place[r] = ((tile.b0 + item) * volume(p.out) + linear(at, p.out)) * p.groups * p.columns + f0;
-          if (!inside) place[r] = -1;
+          place[r] = result.position(tile.b0 + item, at);
         }
 #pragma unroll
         for (int q = 0; q < GN; q += 64) {
           const Index n0 = tile.n0 + column + q;
 #pragma unroll
           for (int j = 0; j < 64; j += 8) {
-            const Index n = n0 + j + lane % 4 * 2;
             float bias[2] = {};
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (p.bias && n + e < p.columns) bias[e] = widen(p.bias[f0 + n + e]);
+            const Index n = n0 + j + lane % 4 * 2;
+            if (p.bias && n < p.columns) {
+              Index f;
+              result.column(n, f);
+              bias[0] = widen(p.bias[f]), bias[1] = widen(p.bias[f + 1]);
+            }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               Vector<E, 2> two;
@@ -233,10 +240,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
           }
           __syncwarp();
           const Index n = n0 + lane % 8 * 8;
+          Index f;
+          const Place vector = result.column(n, f);
 #pragma unroll
           for (int r = 0; r < 4; ++r)
-            if (place[r] >= 0 && n < p.columns)
-              store(p.y + place[r] + n, read<8>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * 8));
+            if (inside[r] && n < p.columns && result.exists(place[r], vector))
+              store(p.y + place[r].offset + vector.offset, read<8>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * 8));
           __syncwarp();
         }
       }

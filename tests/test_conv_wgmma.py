@@ -4,6 +4,7 @@ Every case runs under the detector. Sizes are chosen around the edges of a tile 
 multiple of 64, filters and positions more than a tile has, boxes across batch items, taps that lie outside.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -23,8 +24,8 @@ from test_static_gates import compiled
 
 from cuconv.cuda import conv as launching
 from cuconv.geometry import conv_shape
-from cuconv.plan import wgmma
-from cuconv.plan.conv import plan_conv
+from cuconv.plan import conv as planning
+from cuconv.plan import transpose, wgmma
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.types import MAP_BOX, PlanError
 
@@ -37,12 +38,25 @@ ALIGNED = (0, 0, 0)
 
 @contextmanager
 def only(tile):
-    """Plans are conv_wgmma's, and find no other tile."""
+    """Plans are conv_wgmma's wherever it computes this, and find no other tile."""
     with (
         mock.patch.object(wgmma, "TILES", (tile,)),
-        mock.patch.object(launching, "plan_conv", wgmma.plan_wgmma.__wrapped__),
+        mock.patch.object(planning, "WARPGROUP_FACTOR", math.inf),
+        mock.patch.object(planning, "plan_narrow", side_effect=PlanError("only that tile")),
     ):
+        forget_plans()
         yield
+    forget_plans()
+
+
+def forget_plans():
+    for function in (planning.plan_conv, transpose.plan_transpose, wgmma.plan_wgmma):
+        function.cache_clear()
+
+
+def plan_of(shape, dtype="bfloat16", activation="linear", aligned=ALIGNED, limits=DEVICES["H200"]):
+    """conv_wgmma's."""
+    return wgmma.plan_wgmma.__wrapped__(planning.form_of(shape), dtype, activation, aligned, limits)
 
 
 def trace(seed=1, limits=LIMITS):
@@ -72,19 +86,31 @@ def cases(tile, rank):
         yield *shapes(2, (11,), 8, (2,), 8), {"padding": (3, 4), "strides": 8}
 
 
-def run_tile(dtype, tile, rank, chosen=range(99)):
+def gradients(tile, rank):
+    """The same for input gradients: phases in the columns, phases apart, groups of which w is in pieces."""
+    bm, bn, *_ = tile
+
+    def shapes(batch, sizes, channels, taps, filters, groups=1):
+        return (batch, *sizes, channels), (*taps, channels // groups, filters)
+
+    yield *shapes(2, around(rank, bm + 5), bn + 8, {1: (3,), 2: (2, 3), 3: (2, 1, 2)}[rank], 72), {"padding": "same"}
+    merged = {"padding": "same", "groups": 2, "strides": (3, 2, 1)[:rank]}
+    yield *shapes(3, around(rank, bm), 48, {1: (5,), 2: (3, 2), 3: (2, 2, 1)}[rank], 128, 2), merged
+    yield *shapes(1, around(rank, bm), 16, (2,) * rank, 8), {"strides": 2, "dilation_rate": 3, "padding": "same"}
+
+
+def run_tile(dtype, tile, rank):
     with only(tile):
-        for number, (x_shape, w_shape, options) in enumerate(cases(tile, rank)):
-            if number not in chosen:
-                continue
-            runtime = trace(seed=number + 1)
+        for number, (x_shape, w_shape, options) in enumerate((*cases(tile, rank), *gradients(tile, rank))):
+            runtime, forward = trace(seed=number + 1), number < len([*cases(tile, rank)])
+            case = Case(x_shape, w_shape, dtype, seed=number, **options)
             try:
-                Case(x_shape, w_shape, dtype, seed=number, **options).check_forward(runtime)
+                case.check_forward(runtime) if forward else case.check_input_grad(runtime)
             except (AssertionError, emulator.EmulationError) as error:
                 error.add_note(f"x {x_shape}, w {w_shape}, {options}; {runtime.launches[-1:]}")
                 raise
-            assert [plan.kernel for plan in runtime.launches] == ["conv_wgmma"]
-            assert runtime.launches[0].tile.startswith(name(tile[:2]))
+            assert {plan.kernel for plan in runtime.launches} - {"pack_weights"} == {"conv_wgmma"}
+            assert all(plan.tile.startswith(name(tile[:2])) for plan in runtime.launches if plan.maps)
 
 
 # --- Every tile --------------------------------------------------------------------------------------------------
@@ -231,15 +257,15 @@ PLANTS = {
     "zeros that products may not see": ("  ptx::fence_async();\n", "", few_positions, {"fence"}),
     "dilation forgotten": ("tap[a] * p.dilation[a]", "tap[a]", sequence, {WRONG}),
     "padding forgotten": (" - p.pad[a];", ";", sequence, {WRONG}),
-    "the tap before": ("++w_from[2]", "w_from[2] += 2", sequence, {"deadlock"}),
+    "the tap before": ("p.group_taps + r;", "p.group_taps;", sequence, {WRONG}),
     "channels of the step before": (
         "from[0] = tile.g * p.channels + w_from[1];", "from[0] = tile.g * p.channels;",
         sequence, {WRONG}),
     "channels of the first group": ("from[0] = tile.g * p.channels", "from[0] = 0", two_groups, {WRONG}),
-    "filters of the first group": ("w_from[0] = tile.g * p.columns", "w_from[0] = 0", two_groups, {WRONG}),
-    "filters of the next group": ("place[r] >= 0 && n < p.columns", "place[r] >= 0", two_groups, {"race"}),
+    "filters of the first group": ("w_from[0] = tile.g * p.group_columns", "w_from[0] = 0", two_groups, {WRONG}),
+    "filters of the next group": ("inside[r] && n < p.columns", "inside[r]", two_groups, {"race"}),
     "items behind the last": (" && tile.b0 + item < p.batch", "", few_positions, {"bounds"}),
-    "positions behind the last": ("inside = inside && at[a] < p.out[a];", "", sequence, {"race"}),
+    "positions behind the last": ("inside[r] = inside[r] && at[a] < p.out[a];", "", sequence, {"race"}),
     "rows 8 too far apart": (
         "X_LAYOUT = 1ull << 62 | (8 * ROW_BYTES", "X_LAYOUT = 1ull << 62 | (16 * ROW_BYTES",
         sequence, {WRONG}),
@@ -324,9 +350,11 @@ VOLUME = conv_shape((2, 12, 30, 50, 64), (3, 3, 3, 64, 48), padding="same", stri
 @pytest.mark.parametrize("tile", wgmma.TILES, ids=name)
 def test_boxes_cover_all_positions(shape, tile):
     with mock.patch.object(wgmma, "TILES", (tile,)):
-        plan = wgmma.plan_wgmma.__wrapped__(shape, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+        plan = plan_of(shape)
     x_map, w_map = plan.maps
-    tiles, tiles_m, tiles_n, band, groups, channels, columns, taps, steps, batch, items, rows, *sizes = plan.integers
+    tiles, tiles_m, tiles_n, band, groups, channels, columns, _, _, taps, steps, batch, items, rows, *sizes = (
+        plan.integers
+    )
     box, boxes, out = (sizes[i * shape.rank : (i + 1) * shape.rank] for i in range(3))
     assert tiles == tiles_m * tiles_n * groups and tiles_m == prod(boxes) * -(-batch // items)
     assert tiles_n == -(-columns // tile[1]) and 1 <= band <= tiles_n
@@ -364,19 +392,19 @@ def test_what_is_refused_has_a_reason(name):
     x_shape, w_shape, options, dtype, aligned, device, reason = REFUSED[name]
     shape = conv_shape(x_shape, w_shape, **options)
     with pytest.raises(PlanError, match=reason):
-        wgmma.plan_wgmma(shape, dtype, "linear", aligned, DEVICES[device])
+        plan_of(shape, dtype, "linear", aligned, DEVICES[device])
     if name != "anywhere in memory":
-        plan = plan_conv(shape, dtype, "linear", aligned, DEVICES[device])
+        plan = planning.plan_conv(shape, dtype, "linear", aligned, DEVICES[device])
         assert plan.kernel != "conv_wgmma" and any(reason in each for each in plan.rejected)
 
 
 def test_it_is_chosen_where_it_is_predicted_to_be_faster():
     for shape in (SEQUENCE, IMAGE):
-        plan = plan_conv(shape, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+        plan = planning.plan_conv(shape, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
         assert plan.kernel == "conv_wgmma" and any("us predicted" in each for each in plan.rejected)
-        assert plan_conv(shape, "bfloat16", "linear", ALIGNED, DEVICES["B200"]).kernel == "conv_mma"
+        assert planning.plan_conv(shape, "bfloat16", "linear", ALIGNED, DEVICES["B200"]).kernel == "conv_mma"
     small = conv_shape((1, 40, 16), (3, 16, 16))
-    plan = plan_conv(small, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+    plan = planning.plan_conv(small, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
     assert any("warpgroups" in each for each in (*plan.rejected, plan.reason))
 
 
@@ -392,7 +420,7 @@ def test_machine_code(tile, activation):
     """No spill, products and copies that belong to sm_90 alone, and few instructions between products."""
     shape = VOLUME if tile[0] == 256 else IMAGE if tile[1] == 128 else SEQUENCE
     with mock.patch.object(wgmma, "TILES", (tile,)):
-        plan = wgmma.plan_wgmma.__wrapped__(shape, "bfloat16", activation, ALIGNED, DEVICES["H200"])
+        plan = plan_of(shape, activation=activation)
     code = compiled(plan, "sm_90")
     assert (code.registers, code.stack_bytes, code.spills, code.shared_bytes) == (plan.registers, 0, 0, 0)
     assert code.count("USETMAXREG") == 2 and code.count("UTMALDG") == 1 + tile[1] // 64

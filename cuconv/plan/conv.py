@@ -30,6 +30,7 @@ from cuconv.plan.wgmma import plan_wgmma
 
 # conv_narrow.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this much faster.
 SPECIAL_FACTOR = 1.1
+WARPGROUP_FACTOR = 1.0  # conv_wgmma.cu is taken unless it is predicted to take longer
 LONGEST_STEP = 64  # values of k, of any kernel
 # A split sums at least this many positions: fewer, and its result costs more to store than to compute.
 LEAST_CHUNK = 128
@@ -45,21 +46,19 @@ def plan_conv(
         activation: a name of ACTIVATION_CODES.
         aligned: elements by which x, w and y lie behind a 16-byte boundary.
     """
-    columns = shape.filters // shape.groups
-    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
-    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
-    form = Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
-    plan = plan_form(form, dtype, activation, aligned, limits)
-    for special, factor in ((plan_narrow, SPECIAL_FACTOR), (plan_wgmma, 1.0)):
-        try:
-            other = special(shape, dtype, activation, aligned, limits)
-        except PlanError as error:
-            plan = _rejecting(plan, str(error))
-            continue
-        if _seconds(other) <= factor * _seconds(plan):
-            plan, other = other, plan
-        plan = _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
-    return plan
+    plan = plan_form(form_of(shape), dtype, activation, aligned, limits)
+    try:
+        narrow = plan_narrow(shape, dtype, activation, aligned, limits)
+    except PlanError as error:
+        return _rejecting(plan, str(error))
+    return _faster(plan, narrow, SPECIAL_FACTOR)
+
+
+def _faster(plan: LaunchPlan, other: LaunchPlan, factor: float) -> LaunchPlan:
+    """`other` where it is predicted to take at most `factor` times as long, else `plan`."""
+    if _seconds(other) <= factor * _seconds(plan):
+        plan, other = other, plan
+    return _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,27 @@ class Form:
     upsampled: tuple[tuple[int, ...], ...] = ()
 
 
+def form_of(shape: ConvShape) -> Form:
+    """A convolution as it is."""
+    columns = shape.filters // shape.groups
+    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
+    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
+    return Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
+
+
 def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
-    """The launch of conv_simt.cu for `form`; arguments as :func:`plan_conv`."""
+    """The launch for `form`, of conv_simt.cu or of another kernel that computes it; arguments as :func:`plan_conv`."""
+    plan = _plan_by_warps(form, dtype, activation, aligned, limits)
+    try:
+        other = plan_wgmma(form, dtype, activation, aligned, limits)
+    except PlanError as error:
+        return _rejecting(plan, str(error))
+    return _faster(plan, other, WARPGROUP_FACTOR)
+
+
+def _plan_by_warps(
+    form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
+) -> LaunchPlan:
     shape, element = form.shape, ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
     channels = shape.in_channels // shape.groups

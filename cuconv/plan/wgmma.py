@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.cost import L2_FACTOR, slowest
@@ -35,6 +36,9 @@ from cuconv.plan.types import (
     TensorMap,
     index_bytes,
 )
+
+if TYPE_CHECKING:
+    from cuconv.plan.conv import Form
 
 ONLY = (9, 0)  # compute capability; later ones have other instructions
 # Rows, columns of a block's tile, then of a warpgroup's; from large to small. 128 sums a thread, then 64 and 32.
@@ -107,17 +111,15 @@ def _balanced(count: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_wgmma(
-    shape: ConvShape, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
-) -> LaunchPlan:
-    """The plan of a convolution by conv_wgmma.cu; arguments as :func:`cuconv.plan.conv.plan_conv`.
+def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
+    """The launch of conv_wgmma.cu for `form`; arguments as :func:`cuconv.plan.conv.plan_form`.
 
     Raises:
         PlanError: it does not compute this, or not on this device.
     """
     element = ELEMENTS[dtype]
-    require(shape, element, aligned, limits)
-    found = [_candidate(shape, dtype, activation, limits, *sizes) for sizes in TILES]
+    require(form, element, aligned, limits)
+    found = [_candidate(form, dtype, activation, limits, *sizes) for sizes in TILES]
     best: LaunchPlan | None = None
     lost = []
     for plan in found:
@@ -133,21 +135,24 @@ def plan_wgmma(
     return dataclasses.replace(best, rejected=tuple(lost))
 
 
-def require(shape: ConvShape, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
+def require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
     """Refuses what the kernel does not compute, or not here.
 
     Raises:
         PlanError: with the reason.
     """
-    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    shape = form.shape
+    channels, filters = shape.in_channels // shape.groups, _filters(form)
     if limits.capability != ONLY:
         raise PlanError(f"warpgroups: wgmma is of compute capability 9.0 alone, {limits.name} is {limits.arch}")
     if element.bytes != 2:
         raise PlanError(f"warpgroups: only 16-bit elements, not {element.dtype}")
     if shape.data_format != CHANNELS_LAST:
         raise PlanError("warpgroups: only channels_last")
-    if channels % 8 or columns % 8:
-        raise PlanError(f"warpgroups: {channels} channels and {columns} filters of a group are not multiples of 8")
+    if channels % 8 or filters % 8:
+        raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of 8")
+    if not form.depth:
+        raise PlanError("warpgroups: there are no products")
     if shape.groups > 1 and channels % BK:
         raise PlanError(f"warpgroups: {BK} channels are copied at once, and a group of {channels} is no multiple")
     if any(aligned):
@@ -158,13 +163,18 @@ def require(shape: ConvShape, element: Element, aligned: tuple[int, ...], limits
         raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
 
 
+def _filters(form: Form) -> int:
+    """Of a group of y."""
+    return form.columns // (math.prod(form.upsampled[2]) if form.upsampled else 1)
+
+
 def _candidate(
-    shape: ConvShape, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int
+    form: Form, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int
 ) -> LaunchPlan | str:
     """The plan with one tile, or why it cannot be taken."""
-    element = ELEMENTS[dtype]
+    shape, element, columns = form.shape, ELEMENTS[dtype], form.columns
     name = f"warpgroups, tile {bm}x{bn}x{BK}"
-    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    channels = shape.in_channels // shape.groups
     taps = math.prod(shape.kernel_size)
     stage = (bm + bn) * ROW_BYTES
     stages = min(MOST_STAGES, (limits.shared_bytes - RESULT_BYTES) // (stage + BARRIER_BYTES))
@@ -173,7 +183,7 @@ def _candidate(
     shared_bytes = stages * (stage + BARRIER_BYTES) + RESULT_BYTES
 
     box = choose_box(shape.batch, shape.out_size, shape.strides, bm)
-    maps = (_map_of_x(shape, dtype, box), _map_of_w(shape, dtype))
+    maps = (_map_of_x(shape, dtype, box), _map_of_w(form, dtype))
     for each in maps:
         if problem := each.problem():
             return f"{name}: no tensor map, {problem}"
@@ -183,15 +193,21 @@ def _candidate(
     blocks = min(tiles, limits.multiprocessors)
     # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
     band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
-    y_size = shape.batch * math.prod(shape.out_size) * shape.filters
+    sizes = form.upsampled[0] if form.upsampled else shape.out_size
+    y_size = shape.batch * math.prod(sizes) * _filters(form) * shape.groups
     width = index_bytes(2 * y_size, tiles + blocks, steps)
-    cost = _cost(shape, element, limits, (bm, bn, gm, gn), box, tiles, steps)
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    least_bytes = (x_size + form.depth * columns * shape.groups + y_size) * element.bytes
+    work = 2 * bm * bn * BK * steps * tiles, 2 * form.products
+    cost = _cost(limits, (bm, bn, gm, gn), box.rows, tiles, steps, work, least_bytes)
     return LaunchPlan(
         kernel="conv_wgmma",
         constants=(
             ("ELEMENT", element.c_type),
             ("INDEX", "int" if width == 4 else "long long"),
             ("RANK", shape.rank),
+            ("CHANNELS_FIRST", 0),
+            ("UPSAMPLED", int(bool(form.upsampled))),
             ("ACTIVATION", ACTIVATION_CODES[activation]),
             ("BM", bm),
             ("BN", bn),
@@ -203,6 +219,7 @@ def _candidate(
         integers=(
             *(tiles, box.tiles, tiles_n, band),
             *(shape.groups, channels, columns),
+            *((columns, 0) if form.w_group == columns else (0, taps)),
             *(taps, steps, shape.batch, box.items, box.rows),
             *box.sizes,
             *(-(-n // size) for n, size in zip(shape.out_size, box.sizes, strict=True)),
@@ -211,6 +228,7 @@ def _candidate(
             *shape.strides,
             *shape.dilation_rate,
             *shape.pad_before,
+            *(size for sizes in form.upsampled for size in sizes),
         ),
         grid=(blocks, 1, 1),
         block=(THREADS, 1, 1),
@@ -234,35 +252,37 @@ def _map_of_x(shape: ConvShape, dtype: str, box: Box) -> TensorMap:
     return TensorMap(0, dtype, sizes, strides, extents, steps, ROW_BYTES)
 
 
-def _map_of_w(shape: ConvShape, dtype: str) -> TensorMap:
-    """Of boxes of 64 filters and 64 channels of one tap."""
+def _map_of_w(form: Form, dtype: str) -> TensorMap:
+    """Of boxes of 64 columns and 64 channels of one tap; groups lie side by side, or behind each other."""
+    shape = form.shape
     channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
-    row = shape.filters * ELEMENTS[dtype].bytes
-    sizes = (shape.filters, channels, taps)
+    row = form.w_pitch * ELEMENTS[dtype].bytes
+    sizes = (form.w_pitch, channels, taps if form.w_group == form.columns else taps * shape.groups)
     return TensorMap(1, dtype, sizes, (row, row * channels), (BK, BK, 1), (1, 1, 1), ROW_BYTES)
 
 
 def _furthest(shape: ConvShape) -> int:
     """The largest coordinate that a box comes to, or more."""
+    taps = math.prod(shape.kernel_size)
     axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
     each = (2 * (out + MAP_BOX) * stride + k_eff + abs(pad) + size for out, stride, k_eff, pad, size in axes)
-    return int(max(*each, shape.in_channels + BK, shape.filters + MAP_BOX, shape.batch + MAP_BOX))
+    return int(max(*each, shape.in_channels + BK, shape.filters + MAP_BOX, shape.groups * taps, shape.batch + MAP_BOX))
 
 
 def _cost(
-    shape: ConvShape,
-    element: Element,
     limits: DeviceLimits,
     sizes: tuple[int, int, int, int],
-    box: Box,
+    rows: int,
     tiles: int,
     steps: int,
+    work: tuple[int, int],
+    least_bytes: int,
 ) -> Cost:
-    """The model above."""
+    """The model above; `work`: operations done and needed."""
     bm, bn, gm, gn = sizes
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
     tensor = 2 * bm * bn * BK / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
-    copied = (box.rows + bn) * ROW_BYTES
+    copied = (rows + bn) * ROW_BYTES
     # A product of 64 rows reads them, and all columns of the warpgroup.
     read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * ROW_BYTES
     shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
@@ -270,21 +290,12 @@ def _cost(
     step = max(tensor, shared)
     busy = (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / clock
     moved = tiles * steps * copied
-    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
-    positions = shape.batch * math.prod(shape.out_size)
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    least_bytes = (x_size + depth * shape.filters + positions * shape.filters) * element.bytes
-    return slowest(
-        2 * bm * bn * BK * steps * tiles,
-        2 * positions * depth * shape.filters,
-        moved,
-        least_bytes,
-        {
-            "tensor cores" if tensor >= shared else "shared memory": busy,
-            "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
-            "memory": least_bytes / limits.bandwidth,
-        },
-    )
+    times = {
+        "tensor cores" if tensor >= shared else "shared memory": busy,
+        "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
+        "memory": least_bytes / limits.bandwidth,
+    }
+    return slowest(*work, moved, least_bytes, times)
 
 
 def _reason(bm: int, bn: int, stages: int, box: Box, tiles: int, cost: Cost, limits: DeviceLimits) -> str:
