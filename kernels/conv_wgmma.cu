@@ -17,7 +17,8 @@
 //   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache
 //   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
 //
-// Shared memory, STAGES of one step each:  xs [BM][64]   ws [BN / 64][64 k][64 n], rows of 128 bytes, swizzled;
+// Shared memory, STAGES of one step each:  xs [BM][64]   ws [BN / 64, rounded up][64 k][64 n], rows of
+//   128 bytes, swizzled;
 //   then 16 rows of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again.
 //   Rows of xs that no box fills, for want of positions, stay zero.
 
@@ -31,7 +32,9 @@ constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CON
 static_assert(CONSUMERS == 2 && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
 constexpr int TM = GM / 64;                             // products of a warpgroup at one k
 constexpr int SLICE_BYTES = BK * ROW_BYTES;             // 64 columns of ws
-constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = BN / 64 * SLICE_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int SLICES = ceil_div(BN, 64);
+static_assert(GROUPS_N == 1 || GN % 64 == 0, "a slice belongs to one warpgroup");
+constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = SLICES * SLICE_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int Y_PITCH = 64 + 8;                         // the padding spreads what a warp writes over the banks
 constexpr int Y_BYTES = CONSUMERS * 4 * 16 * Y_PITCH * sizeof(E);
 
@@ -119,7 +122,7 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
         ptx::barrier_expect(ring.full(), p.rows * ROW_BYTES + W_BYTES);
         ptx::load_box(ring.memory(), &p.x_map, ring.full(), from);
 #pragma unroll
-        for (int j = 0; j < BN / 64; ++j) {
+        for (int j = 0; j < SLICES; ++j) {
           w_from[0] = tile.g * p.group_columns + tile.n0 + j * 64;
           ptx::load_box(ring.memory() + X_BYTES + j * SLICE_BYTES, &p.w_map, ring.full(), w_from);
         }
@@ -221,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
         for (int q = 0; q < GN; q += 64) {
           const Index n0 = tile.n0 + column + q;
 #pragma unroll
-          for (int j = 0; j < 64; j += 8) {
+          for (int j = 0; j < smaller(64, GN - q); j += 8) {
             float bias[2] = {};
             const Index n = n0 + j + lane % 4 * 2;
             if (p.bias && n < p.columns) {
@@ -239,12 +242,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
             }
           }
           __syncwarp();
-          const Index n = n0 + lane % 8 * 8;
+          const Index n = n0 + lane % 8 * 8, stored = GN - q < 64 && n0 + GN - q < p.columns ? n0 + GN - q : p.columns;
           Index f;
           const Place vector = result.column(n, f);
 #pragma unroll
           for (int r = 0; r < 4; ++r)
-            if (inside[r] && n < p.columns && result.exists(place[r], vector))
+            if (inside[r] && n < stored && result.exists(place[r], vector))
               store(p.y + place[r].offset + vector.offset, read<8>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * 8));
           __syncwarp();
         }

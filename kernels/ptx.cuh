@@ -186,35 +186,48 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
 // next, then row lane / 4 + 8 at the same.
 #define CUCONV_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CUCONV_SUMS_16(i) CUCONV_SUMS_4(i), CUCONV_SUMS_4(i + 4), CUCONV_SUMS_4(i + 8), CUCONV_SUMS_4(i + 12)
-#define CUCONV_SUMS_32(i) CUCONV_SUMS_16(i), CUCONV_SUMS_16(i + 16)
-#define CUCONV_NAMES_0 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CUCONV_NAMES_32 \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CUCONV_NAMES_64 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define CUCONV_MULTIPLY_TILES(TYPE)                                                                             \
-  static_assert(N == 64 || N == 128 || N == 256, "a product of a warpgroup has 64, 128 or 256 columns here");   \
-  if constexpr (N == 64)                                                                                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_0                \
-                 "}, %32, %33, 1, 1, 1, 0, 1;"                                                                  \
-                 : CUCONV_SUMS_32(0)                                                                            \
-                 : "l"(a), "l"(b));                                                                             \
-  else if constexpr (N == 128)                                                                                  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_0               \
-                 CUCONV_NAMES_32 "}, %64, %65, 1, 1, 1, 0, 1;"                                                  \
-                 : CUCONV_SUMS_32(0), CUCONV_SUMS_32(32)                                                        \
-                 : "l"(a), "l"(b));                                                                             \
-  else                                                                                                          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_0               \
-                 CUCONV_NAMES_32 CUCONV_NAMES_64 "}, %128, %129, 1, 1, 1, 0, 1;"                                \
-                 : CUCONV_SUMS_32(0), CUCONV_SUMS_32(32), CUCONV_SUMS_32(64), CUCONV_SUMS_32(96)                \
-                 : "l"(a), "l"(b))
+#define CUCONV_SUMS_32 CUCONV_SUMS_16(0)
+#define CUCONV_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define CUCONV_NAMES_64 CUCONV_NAMES_32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CUCONV_SUMS_64 CUCONV_SUMS_32, CUCONV_SUMS_16(16)
+#define CUCONV_NAMES_96 CUCONV_NAMES_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define CUCONV_SUMS_96 CUCONV_SUMS_64, CUCONV_SUMS_16(32)
+#define CUCONV_NAMES_128 CUCONV_NAMES_96 \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CUCONV_SUMS_128 CUCONV_SUMS_96, CUCONV_SUMS_16(48)
+#define CUCONV_NAMES_160 CUCONV_NAMES_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define CUCONV_SUMS_160 CUCONV_SUMS_128, CUCONV_SUMS_16(64)
+#define CUCONV_NAMES_192 CUCONV_NAMES_160 \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define CUCONV_SUMS_192 CUCONV_SUMS_160, CUCONV_SUMS_16(80)
+#define CUCONV_NAMES_256 CUCONV_NAMES_192 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define CUCONV_SUMS_256 CUCONV_SUMS_192, CUCONV_SUMS_16(96), CUCONV_SUMS_16(112)
+#define CUCONV_MULTIPLY_TILES_OF(COLUMNS, TYPE, A, B)                                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_##COLUMNS      \
+               "}, %" #A ", %" #B ", 1, 1, 1, 0, 1;"                                                                  \
+               : CUCONV_SUMS_##COLUMNS                                                                                \
+               : "l"(a), "l"(b))
+#define CUCONV_MULTIPLY_TILES(TYPE)                                                                                   \
+  static_assert(N % 32 == 0 && N <= 256 && N != 224, "a product of a warpgroup has no such number of columns here");  \
+  if constexpr (N == 32)                                                                                              \
+    CUCONV_MULTIPLY_TILES_OF(32, TYPE, 16, 17);                                                                       \
+  else if constexpr (N == 64)                                                                                         \
+    CUCONV_MULTIPLY_TILES_OF(64, TYPE, 32, 33);                                                                       \
+  else if constexpr (N == 96)                                                                                         \
+    CUCONV_MULTIPLY_TILES_OF(96, TYPE, 48, 49);                                                                       \
+  else if constexpr (N == 128)                                                                                        \
+    CUCONV_MULTIPLY_TILES_OF(128, TYPE, 64, 65);                                                                      \
+  else if constexpr (N == 160)                                                                                        \
+    CUCONV_MULTIPLY_TILES_OF(160, TYPE, 80, 81);                                                                      \
+  else if constexpr (N == 192)                                                                                        \
+    CUCONV_MULTIPLY_TILES_OF(192, TYPE, 96, 97);                                                                      \
+  else                                                                                                                \
+    CUCONV_MULTIPLY_TILES_OF(256, TYPE, 128, 129)
 template <int N>
 __device__ __forceinline__ void multiply_tiles_half(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
   CUCONV_MULTIPLY_TILES("f16");

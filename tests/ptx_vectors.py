@@ -121,41 +121,45 @@ extern "C" __global__ void apply(const __grid_constant__ Map three, const __grid
 }
 """
 
-# One item a block, d = c + a b, once more in the first 128 columns and again in the first 64. Rows have 128 bytes, so
-# columns of b lie in four pieces of 64; the 16-byte chunks of a row change places.
+# One item a block, d = c + 2 a b, and again with the first N columns for every other N. Rows have 128 bytes, so columns
+# of b lie in four pieces of 64; the 16-byte chunks of a row change places.
 PRODUCT_OF_A_WARPGROUP = """
 __device__ unsigned place(int row, int chunk) {{ return row * 8 + (chunk ^ row % 8); }}
+template <int N>
+__device__ void product(float (*d)[256], unsigned long long a, unsigned long long b) {{
+  const int thread = threadIdx.x, lane = thread % 32;
+  float sums[2][N / 2] = {{}};
+  ptx::products_fence();
+  ptx::{name}<N>(sums[0], a, b);
+  ptx::products_commit();
+  ptx::{name}<N>(sums[1], a, b);
+  ptx::products_commit();
+  ptx::products_wait<1>(sums);
+  for (int j = 0; j < N / 2; ++j)
+    d[thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] += sums[0][j];
+  ptx::products_wait<0>(sums);
+  for (int j = 0; j < N / 2; ++j)
+    d[thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] += sums[1][j];
+}}
 extern "C" __global__ void __launch_bounds__(128, 1)
     apply(const uint4 (*a)[64][2], const uint4 (*b)[16][32], const float (*c)[64][256], float (*d)[64][256], int) {{
   __shared__ alignas(1024) uint4 left[64 * 8], right[4][16 * 8];
-  const int item = blockIdx.x, thread = threadIdx.x, lane = thread % 32;
+  const int item = blockIdx.x, thread = threadIdx.x;
   left[place(thread / 2, thread % 2)] = a[item][thread / 2][thread % 2];
   for (int i = thread; i < 16 * 32; i += 128) right[i % 32 / 8][place(i / 32, i % 8)] = b[item][i / 32][i % 32];
+  for (int i = thread; i < 64 * 256; i += 128) d[item][i / 256][i % 256] = c[item][i / 256][i % 256];
   ptx::fence_async();
   __syncthreads();
   constexpr unsigned long long layout = 1ull << 62 | 1024ull / 16 << 32;
   const unsigned long long from_a = layout | ptx::shared_address(left) >> 4;
   const unsigned long long from_b = layout | sizeof right[0] / 16 << 16 | ptx::shared_address(right) >> 4;
-  float all[1][128] = {{}}, half[1][64] = {{}}, quarter[1][32] = {{}};
-  ptx::products_fence();
-  ptx::{name}<256>(all[0], from_a, from_b);
-  ptx::products_commit();
-  ptx::{name}<128>(half[0], from_a, from_b);
-  ptx::products_commit();
-  ptx::{name}<64>(quarter[0], from_a, from_b);
-  ptx::products_commit();
-  ptx::products_wait<2>(all);
-  for (int j = 0; j < 128; ++j) {{
-    const int m = thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8, n = j / 4 * 8 + lane % 4 * 2 + j % 2;
-    d[item][m][n] = c[item][m][n] + all[0][j];
-  }}
-  ptx::products_wait<0>(half);
-  ptx::products_wait<0>(quarter);
-  for (int j = 0; j < 64; ++j) {{
-    const int m = thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8, n = j / 4 * 8 + lane % 4 * 2 + j % 2;
-    d[item][m][n] += half[0][j];
-    if (j < 32) d[item][m][n] += quarter[0][j];
-  }}
+  product<256>(d[item], from_a, from_b);
+  product<192>(d[item], from_a, from_b);
+  product<160>(d[item], from_a, from_b);
+  product<128>(d[item], from_a, from_b);
+  product<96>(d[item], from_a, from_b);
+  product<64>(d[item], from_a, from_b);
+  product<32>(d[item], from_a, from_b);
 }}
 """
 
@@ -342,7 +346,7 @@ def boxes(x: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def product_of_a_warpgroup(name: str, dtype) -> Wrapper:
-    """A function that multiplies 64 x 16 by 16 x 256, 128 and 64 elements, small integers: sums are exact."""
+    """A function that multiplies 64 x 16 by 16 x N elements, small integers: sums are exact."""
 
     def values() -> tuple[np.ndarray, ...]:
         random = np.random.default_rng(5)
@@ -351,7 +355,7 @@ def product_of_a_warpgroup(name: str, dtype) -> Wrapper:
 
     def define(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         sums = a.astype(np.float64) @ b.astype(np.float64)
-        times = np.repeat([3.0, 2.0, 1.0], (64, 64, 128))
+        times = 2 * np.repeat(np.arange(7.0, 0, -1), (32, 32, 32, 32, 32, 32, 64))
         return (c + times * sums).astype(np.float32)
 
     besides = ("products_fence", "products_commit", "products_wait") if dtype == np.float16 else ()

@@ -423,7 +423,7 @@ def test_machine_code(tile, activation):
         plan = plan_of(shape, activation=activation)
     code = compiled(plan, "sm_90")
     assert (code.registers, code.stack_bytes, code.spills, code.shared_bytes) == (plan.registers, 0, 0, 0)
-    assert code.count("USETMAXREG") == 2 and code.count("UTMALDG") == 1 + tile[1] // 64
+    assert code.count("USETMAXREG") == 2 and code.count("UTMALDG") == 1 + -(-tile[1] // 64)
     assert code.count("STG", "128") == code.count("STG") and code.count("LDS", "128") == code.count("LDS")
     loop = code.main_loop("HGMMA")
     products = 4 * tile[2] // 64

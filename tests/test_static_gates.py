@@ -18,7 +18,7 @@ from disassembly import ARCHITECTURES, Function
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.geometry import conv_shape, depthwise_shape
 from cuconv.plan.bias_grad import plan_bias_grad
-from cuconv.plan.conv import plan_conv, plan_kernel_grad
+from cuconv.plan.conv import form_of, plan_by_warps, plan_conv, plan_kernel_grad
 from cuconv.plan.conv_lstm import plan_gates, plan_gates_grad
 from cuconv.plan.depthwise import plan_carry, plan_depthwise
 from cuconv.plan.depthwise_problem import problem_of
@@ -77,6 +77,10 @@ def _conv(shape, dtype):
     return lambda limits: plan_conv(shape, dtype, "linear", ALIGNED, limits)
 
 
+def _conv_by_warps(shape, dtype):
+    return lambda limits: plan_by_warps(form_of(shape), dtype, "linear", ALIGNED, limits)
+
+
 def _kernel_grad(shape, dtype):
     return lambda limits: plan_kernel_grad(shape, dtype, ALIGNED, WORKSPACE, limits).grad
 
@@ -130,7 +134,7 @@ GATES = (
     *(
         Gate(
             f"conv {name} on tensor cores",
-            _conv(shape, dtype),
+            _conv_by_warps(shape, dtype),
             216,
             ("STG.128",),
             loop=(("HMMA",), share),
@@ -142,6 +146,19 @@ GATES = (
             ("bfloat16 sequences", SEQUENCE, "bfloat16", 0.15, ("LDGSTS.128",)),
             ("bfloat16 channels_first", FIRST, "bfloat16", 0.07, ("LDGSTS.128", "STS")),
         )
+    ),
+    *(
+        Gate(
+            f"conv {name} by warpgroups",
+            _conv(shape, dtype),
+            168,
+            ("UTMALDG", "USETMAXREG", "STG.128"),
+            loop=(("HGMMA",), 0.05),
+            loop_needs=("SYNCS", "WARPGROUP.DEPBAR"),
+            since=(9, 0),
+            until=(9, 0),
+        )
+        for name, shape, dtype in (("float16", LAST, "float16"), ("bfloat16 sequences", SEQUENCE, "bfloat16"))
     ),
     Gate("conv float64", _conv(LAST, "float64"), 160, WIDE, loop=(("DFMA",), 0.50), loop_needs=STAGED),
     Gate("conv complex64", _conv(LAST, "complex64"), 128, WIDE, loop=(FP32, 0.80), loop_needs=STAGED),

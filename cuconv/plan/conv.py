@@ -93,7 +93,7 @@ def form_of(shape: ConvShape) -> Form:
 
 def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
     """The launch for `form`, of conv_simt.cu or of another kernel that computes it; arguments as :func:`plan_conv`."""
-    plan = _plan_by_warps(form, dtype, activation, aligned, limits)
+    plan = plan_by_warps(form, dtype, activation, aligned, limits)
     try:
         other = plan_wgmma(form, dtype, activation, aligned, limits)
     except PlanError as error:
@@ -101,9 +101,10 @@ def plan_form(form: Form, dtype: str, activation: str, aligned: tuple[int, ...],
     return _faster(plan, other, WARPGROUP_FACTOR)
 
 
-def _plan_by_warps(
+def plan_by_warps(
     form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits
 ) -> LaunchPlan:
+    """The launch of conv_simt.cu or conv_mma.cu for `form`."""
     shape, element = form.shape, ELEMENTS[dtype]
     last = shape.data_format == CHANNELS_LAST
     channels = shape.in_channels // shape.groups

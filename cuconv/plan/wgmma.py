@@ -41,15 +41,20 @@ if TYPE_CHECKING:
     from cuconv.plan.conv import Form
 
 ONLY = (9, 0)  # compute capability; later ones have other instructions
-# Rows, columns of a block's tile, then of a warpgroup's; from large to small. 128 sums a thread, then 64 and 32.
+# Rows, columns of a block's tile, then of a warpgroup's; from large to small. 16 to 128 sums a thread.
 TILES: tuple[tuple[int, int, int, int], ...] = (
     (128, 256, 64, 256),
     (256, 128, 128, 128),
+    (128, 192, 64, 192),
+    (256, 96, 128, 96),
+    (128, 160, 64, 160),
     (128, 128, 64, 128),
     (256, 64, 128, 64),
     (64, 256, 64, 128),
+    (256, 32, 128, 32),
     (128, 64, 64, 64),
 )
+SLICE = 64  # columns that a row of w has in shared memory
 BK = 64  # channels of a step
 ROW_BYTES = 128  # of a step, and what the swizzle spans
 THREADS = 384  # two warpgroups that multiply, one that asks for copies
@@ -120,18 +125,16 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     element = ELEMENTS[dtype]
     require(form, element, aligned, limits)
     found = [_candidate(form, dtype, activation, limits, *sizes) for sizes in TILES]
-    best: LaunchPlan | None = None
-    lost = []
-    for plan in found:
-        if isinstance(plan, str):
-            lost.append(plan)
-        elif best is None or _seconds(plan) * CHOICE_FACTOR < _seconds(best):
-            lost += [] if best is None else [_slower(best)]
-            best = plan
-        else:
-            lost.append(_slower(plan))
-    if best is None:
-        raise PlanError("; ".join(lost))
+    plans = [plan for plan in found if isinstance(plan, LaunchPlan)]
+    if not plans:
+        raise PlanError("; ".join(map(str, found)))
+    # Of those that are about as fast, the one that does least; where the memory is slow, they all are.
+    least = min(map(_seconds, plans))
+    best = min(
+        (plan for plan in plans if _seconds(plan) <= CHOICE_FACTOR * least),
+        key=lambda plan: plan.cost.flops if plan.cost else 0,
+    )
+    lost = [plan if isinstance(plan, str) else _slower(plan) for plan in found if plan is not best]
     return dataclasses.replace(best, rejected=tuple(lost))
 
 
@@ -176,7 +179,7 @@ def _candidate(
     name = f"warpgroups, tile {bm}x{bn}x{BK}"
     channels = shape.in_channels // shape.groups
     taps = math.prod(shape.kernel_size)
-    stage = (bm + bn) * ROW_BYTES
+    stage = (bm + -(-bn // SLICE) * SLICE) * ROW_BYTES
     stages = min(MOST_STAGES, (limits.shared_bytes - RESULT_BYTES) // (stage + BARRIER_BYTES))
     if stages < 2:
         return f"{name}: {limits.name} has no shared memory for two stages"
@@ -258,7 +261,7 @@ def _map_of_w(form: Form, dtype: str) -> TensorMap:
     channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
     row = form.w_pitch * ELEMENTS[dtype].bytes
     sizes = (form.w_pitch, channels, taps if form.w_group == form.columns else taps * shape.groups)
-    return TensorMap(1, dtype, sizes, (row, row * channels), (BK, BK, 1), (1, 1, 1), ROW_BYTES)
+    return TensorMap(1, dtype, sizes, (row, row * channels), (SLICE, BK, 1), (1, 1, 1), ROW_BYTES)
 
 
 def _furthest(shape: ConvShape) -> int:
@@ -282,7 +285,7 @@ def _cost(
     bm, bn, gm, gn = sizes
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
     tensor = 2 * bm * bn * BK / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
-    copied = (rows + bn) * ROW_BYTES
+    copied = (rows + -(-bn // SLICE) * SLICE) * ROW_BYTES
     # A product of 64 rows reads them, and all columns of the warpgroup.
     read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * ROW_BYTES
     shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
