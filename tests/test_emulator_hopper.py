@@ -13,7 +13,7 @@ import emulator
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import EmulationError, Module, Swizzle, TensorMapError, UnsupportedError, build, compile_ptx, map_of
+from emulator import EmulationError, Module, Swizzle, TensorMapError, build, compile_ptx, map_of
 from emulator.tensor_map import SIZE, DataType, encode
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
@@ -182,6 +182,17 @@ def test_boxes_that_no_map_describes():
     assert kinds(launch) == {"deadlock"} and "lacks 0 arrivals and 512 bytes" in launch.reports[0].text
 
 
+@pytest.mark.exhaustive
+def test_planted_map_that_is_not_a_grid_constant(tmp_path):
+    """The compiler copies such a parameter to local memory, where the copy engine cannot read it."""
+    shutil.copy(SAMPLES / "sm90.cuh", tmp_path)
+    text = (SAMPLES / "wgmma_tile.cu").read_text()
+    assert text.count("const __grid_constant__ Map b") == 1
+    (tmp_path / "kernel.cu").write_text(text.replace("const __grid_constant__ Map b", "Map b"))
+    case = WgmmaTile(module=Module(compile_ptx(tmp_path / "kernel.cu", "sm_90a")))
+    assert "bounds" in kinds(case.launch(check=False))
+
+
 def test_a_box_reads_what_was_never_written():
     x = np.full((8, 32), np.nan, np.float32)
     assert kinds(launch_box(x, mode="trace", uninitialised=(0,))) == {"uninitialised"}
@@ -221,6 +232,22 @@ class WgmmaTile:
 
     def check(self):
         np.testing.assert_array_equal(self.y, self.a.astype(np.float32) @ self.b.astype(np.float32).T)
+
+
+def test_traffic_of_copies():
+    """A box counts the bytes that it has inside, line by line."""
+    case = WgmmaTile()
+    traffic = [
+        each for each in case.launch(mode="trace").traffic if each.instruction.startswith("cp.async.bulk.tensor")
+    ]
+    assert {each.space for each in traffic} == {"global"}
+    loads = [each for each in traffic if "complete_tx" in each.instruction]
+    stored = next(each for each in traffic if "bulk_group" in each.instruction)
+    assert (
+        sum(each.bytes for each in loads) == 2 * case.b.nbytes + 2 * case.a.nbytes
+    )  # two blocks, two tiles of columns
+    assert stored.bytes == case.y.nbytes and stored.requests == 2 * 100
+    assert all(each.least_sectors <= each.sectors <= each.least_sectors * 1.5 for each in traffic)
 
 
 @every_run
@@ -288,7 +315,7 @@ def test_planted_gives_a_wrong_product(case):
 @pytest.mark.parametrize(
     "file, right, wrong",
     [
-        ("tensor_copies.cpp", "piece ^ line % 8", "piece ^ line % 4"),
+        ("tensor_copies.cpp", "swizzle == 3 ? 8", "swizzle == 3 ? 4"),
         ("warpgroup.cpp", "(at >> 7) - base", "(at >> 8) - base"),
     ],
     ids=["copies", "products"],
@@ -304,6 +331,41 @@ def test_a_swizzle_misread_on_one_side_shows(file, right, wrong, tmp_path, monke
     case.launch()
     with pytest.raises(AssertionError, match="Arrays are not equal"):
         case.check()
+
+
+# --- A product by pairs of blocks --------------------------------------------------------------------------------
+
+
+class WgmmaCluster:
+    """A product [300, 200] [100, 200] transposed: four blocks, the last of which has 44 rows outside."""
+
+    def __init__(self, *defines: str):
+        self.module = sample("wgmma_cluster", *defines)
+        self.a = whole_numbers((300, 200), ml_dtypes.bfloat16, 1)
+        self.b = whole_numbers((100, 200), ml_dtypes.bfloat16, 2)
+        self.y = np.full((300, 100), np.nan, np.float32)
+
+    def launch(self, **options):
+        maps = [
+            map_of(x, 9, (200, len(x)), (400,), (64, rows), swizzle=Swizzle.BYTES_128)
+            for x, rows in ((self.a, 64), (self.b, 32))
+        ]
+        args = (*maps, self.y, *map(np.int32, (300, 100, 200)))
+        return self.module.launch("wgmma_cluster", (4,), (384,), args, 3 * 192 * 128, uninitialised=(2,), **options)
+
+
+@every_run
+def test_wgmma_cluster(mode, seed):
+    case = WgmmaCluster()
+    case.launch(mode=mode, seed=seed)
+    np.testing.assert_array_equal(case.y, case.a.astype(np.float32) @ case.b.astype(np.float32).T)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bug, found", [("BUG_OWN_RELEASE", "race"), ("BUG_EARLY_EXIT", "bounds")])
+def test_planted_in_wgmma_cluster(bug, found):
+    for seed in (0, 1, 2):
+        assert found in kinds(WgmmaCluster(bug).launch(mode="trace", seed=seed, check=False)), seed
 
 
 # --- Products, form by form --------------------------------------------------------------------------------------
@@ -530,6 +592,7 @@ RUN = {
         {"pending"},
     ),
     "no engine fence": ((READY.replace("fence.proxy.async;", ""), *RIGHT[1:]), {"fence"}),
+    "another engine fence": ((READY.replace("proxy.async;", "proxy.async.global;"), *RIGHT[1:]), {"fence"}),
     "the reader's engine fence": (
         (READY.replace("fence.proxy.async; bar.sync 0;", "bar.sync 0; fence.proxy.async;"), *RIGHT[1:]), set(),
     ),
@@ -644,15 +707,60 @@ def test_a_lane_is_elected():
     np.testing.assert_array_equal(np.flatnonzero(x), [0, 32])
 
 
-def test_clusters():
-    one = (
-        "mov.u32 %r0, %cluster_ctarank; mov.u32 %r1, %cluster_nctarank; mov.u32 %r2, tile; "
-        "mapa.shared::cluster.u32 %r3, %r2, %r0; st.shared.u32 [tile], %r1; "
-        "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
-        "ld.shared::cluster.u32 %r4, [%r3]; st.global.u32 [%rd6], %r4;"
+# --- Clusters ----------------------------------------------------------------------------------------------------
+
+PAIR = ".maxntid 64, 1, 1 .explicitcluster .reqnctapercluster 2, 1, 1"
+ARRIVE, MEET = "barrier.cluster.arrive.aligned;", "barrier.cluster.wait.aligned;"
+# Each block writes its rank and reads the other's; both write to their own place of the second array.
+SWAP = """
+mov.u32 %r0, %tid.x; mov.u32 %r1, %cluster_ctarank; mov.u32 %r2, tile; shl.b32 %r3, %r0, 2; add.u32 %r2, %r2, %r3;
+add.u32 %r4, %r1, 100; st.shared.u32 [%r2], %r4;
+{first} xor.b32 %r5, %r1, 1; mapa.shared::cluster.u32 %r6, %r2, {rank}; ld.shared::cluster.u32 %r7, [%r6]; {last}
+mov.u32 %r8, %ctaid.x; shl.b32 %r8, %r8, 8; add.u32 %r8, %r8, %r3; cvt.u64.u32 %rd0, %r8; add.u64 %rd0, %rd0, %rd6;
+st.global.u32 [%rd0], %r7;
+"""
+PAIRS = {
+    "right": (ARRIVE + MEET, "%r5", ARRIVE + MEET, set()),
+    "its own": (ARRIVE + MEET, "%r1", ARRIVE + MEET, set()),
+    "no barrier": ("", "%r5", ARRIVE + MEET, {"race", "uninitialised"}),
+    "a barrier of the block": ("bar.sync 0;", "%r5", ARRIVE + MEET, {"race", "uninitialised"}),
+    "relaxed": ("barrier.cluster.arrive.relaxed.aligned;" + MEET, "%r5", ARRIVE + MEET, {"race"}),
+    "only arrived": (ARRIVE, "%r5", MEET, {"race", "uninitialised"}),
+    "not arrived": (MEET, "%r5", "", {"barrier"}),
+    "arrived twice": (ARRIVE + ARRIVE, "%r5", MEET, {"barrier"}),
+    "no such block": (ARRIVE + MEET, "2", ARRIVE + MEET, {"bounds"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_blocks_of_a_cluster(name):
+    code = kernels(PAIRS, lambda case: SWAP.format(first=case[0], rank=case[1], last=case[2]), lambda _: PAIR)
+    *_, found = PAIRS[name]
+    for seed in (0, 1, 2):
+        x = np.zeros(4 * 64, np.uint32)
+        options = {"mode": "trace", "seed": seed, "check": False}
+        report = code.launch(name_of(name), (4,), (64,), (x, None), **options)
+        assert kinds(report) <= found and bool(kinds(report)) == bool(found), seed
+        if not found:
+            swapped = [101, 100] if name == "right" else [100, 101]
+            np.testing.assert_array_equal(x.reshape(4, 64), np.repeat([swapped * 2], 64, 0).T)
+
+
+def test_a_block_of_a_cluster_that_has_ended():
+    late = (
+        "setp.eq.u32 %p0, %r1, 1; @%p0 bra END; LATER: add.u32 %r9, %r9, 1; setp.lt.u32 %p1, %r9, 9000; @%p1 bra LATER;"
     )
-    x = np.zeros(1, np.uint32)
-    module(entry("k", one)).launch("k", (1,), (1,), (x, None), mode="trace")
-    assert x[0] == 1
-    with pytest.raises(UnsupportedError, match="k asks for clusters of 2 blocks; one is supported"):
-        module(entry("k", "", ".explicitcluster .reqnctapercluster 2, 1, 1"))
+    code = module(entry("k", SWAP.format(first=late, rank="%r5", last="") + "END:", PAIR))
+    report = code.launch("k", (2,), (64,), (np.zeros(128, np.uint32), None), check=False)
+    assert kinds(report) == {"bounds"} and "block 1 of the cluster, which has ended" in report.reports[0].text
+
+
+def test_clusters_are_whole():
+    code = kernels(PAIRS, lambda case: SWAP.format(first=case[0], rank=case[1], last=case[2]), lambda _: PAIR)
+    with pytest.raises(ValueError, match="`grid` must be clusters of 2 blocks along x"):
+        code.launch("right", (3,), (64,), (np.zeros(256, np.uint32), None))
+    x = np.zeros(256, np.uint32)
+    code.launch("right", (4,), (64,), (x, None), blocks=[3])
+    np.testing.assert_array_equal(np.flatnonzero(x) // 64, np.repeat([2, 3], 64))
+    with pytest.raises(emulator.PtxError, match="clusters are supported along x"):
+        module(entry("k", "", ".reqnctapercluster 1, 2, 1"))

@@ -201,9 +201,47 @@ def test_a_base_offset_moves_the_pattern():
     assert not np.array_equal(got, expected_product(a, b, False, False, skip=5))
 
 
+def launched_cluster(folder, **options):
+    """Whether two blocks have seen and brought the right numbers, and what the emulator reports."""
+    gpu, x = EmulatedGpu(), probe.whole_numbers((1, 64, 64), 10)
+    given = gpu.tensor_map(x, (64, 64, 1), (128, x.nbytes), (64, 64, 1), None, probe.SWIZZLE_128)
+    seen, out = np.zeros(4, np.uint32), np.zeros((4, 64, 128), np.uint8)
+    module = emulator.Module(emulator.compile_ptx(folder / "cluster.cu", "sm_90", {"BOX_BYTES": x.nbytes}))
+    launch = module.launch("cluster", (4,), (128,), (given, seen, out), x.nbytes + 1024, check=False, **options)
+    right = seen.tolist() == [1001, 1000, 1003, 1002] and bool((out == swizzled(x[0].view(np.uint8))).all())
+    return right, {report.kind for report in launch.reports}
+
+
+@needs_emulator
+@pytest.mark.parametrize("mode, seed", [("plain", 0), ("trace", 1), ("trace", 2)])
+def test_one_box_is_brought_to_two_blocks(mode, seed):
+    assert launched_cluster(FOLDER, mode=mode, seed=seed) == (True, set())
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    "right, wrong, found",
+    [
+        ("__syncthreads();\n  ptx::cluster_sync();", "__syncthreads();", {"barrier", "race", "uninitialised"}),
+        ("0, 0, 0, 3);", "0, 0, 0, 1);", {"deadlock"}),
+        ("0, 0, 0, 3);", "0, 0, 0, 7);", {"barrier"}),
+        ("ptx::cluster_rank() ^ 1);", "ptx::cluster_rank() ^ 2);", {"bounds"}),
+        ("ptx::cluster_rank() == 0)", "true)", {"barrier"}),
+    ],
+    ids=["no barrier of the cluster", "one block", "three blocks", "no such neighbour", "both ask"],
+)
+def test_a_mistake_in_a_cluster_is_caught(right, wrong, found, tmp_path):
+    text = (FOLDER / "cluster.cu").read_text()
+    assert text.count(right) == 1
+    (tmp_path / "cluster.cu").write_text(text.replace(right, wrong))
+    (tmp_path / "instructions.cuh").write_text((FOLDER / "instructions.cuh").read_text())
+    for seed in (0, 1):
+        assert launched_cluster(tmp_path, mode="trace", seed=seed)[1] & found, seed
+
+
 @needs_emulator
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["tensor", "product", "shift", "halo", "stride", "overlap", "registers"])
+@pytest.mark.parametrize("name", ["tensor", "product", "shift", "halo", "stride", "overlap", "cluster", "registers"])
 def test_experiments_in_the_emulator(name, small):
     """Where the emulator and the model below agree, both read the manual alike."""
     for each in probe.EXPERIMENTS[name].ask(EmulatedGpu()):

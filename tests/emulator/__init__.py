@@ -8,7 +8,7 @@ uninitialised reads and reads of copies that are still under way, and counts mem
 something to report raises. See ptx.py (grammar), opcodes.py (instructions), runtime.cpp (scheduling, detector); for
 sm_90 tensor_map.py and tensor_copies.cpp (the copy engine), warpgroup.cpp (wgmma), lint.py (what only the text shows).
 
-Not there, and an error: textures, clusters of more than one block, boxes in im2col order, products of 8-bit numbers.
+Not there, and an error: textures, clusters along y and z, boxes in im2col order, products of 8-bit numbers.
 Flags passed between threads through memory, without a barrier, order nothing for the detector.
 """
 
@@ -310,7 +310,8 @@ class Module:
 
         Args:
             args: arrays (passed as pointers, any strides), NumPy scalars, None for a null pointer, and for structures
-                passed by value a tuple of these, a `Structure`, a `np.void` or a `ctypes.Structure`.
+                passed by value a tuple of these, a `Structure` (:func:`map_of` makes one of a tensor map), a `np.void`
+                or a `ctypes.Structure`.
             shared_bytes: dynamic shared memory.
             seed: order of blocks, warps and lanes, and the moment asynchronous copies land; 0 is ascending and latest.
             timeout: seconds until the watchdog ends the launch.
@@ -318,7 +319,7 @@ class Module:
             poisoned: tells of an array whether its words of all ones have never been written, and must be before they
                 are read.
             blocks: the blocks to run, as indices into the grid with x fastest; all by default. A grid of 2^31 blocks
-                takes no memory, only time.
+                takes no memory, only time. Of a cluster all blocks run.
             check: raise when there is something to report.
 
         Raises:
@@ -332,12 +333,15 @@ class Module:
         if name not in self.kernels:
             names = ", ".join(self.kernels)
             raise ValueError(f"`name` must be a kernel of the module: {names}. Received: name={name!r}")
-        count = math.prod(grid)
+        count, cluster = math.prod(grid), self.kernels[name].cluster
+        if grid[0] % cluster:
+            raise ValueError(f"`grid` must be clusters of {cluster} blocks along x. Received: grid={grid}")
         if blocks is not None and not all(0 <= block < count for block in blocks):
             raise ValueError(f"`blocks` must lie in the grid of {count}. Received: blocks={list(blocks)}")
         cell = self.translation.cell_bytes
         memory = _Memory({i: _arrays(value) for i, value in enumerate(args)}, uninitialised, poisoned, cell)
-        chosen = (ctypes.c_uint64 * len(blocks or ()))(*(blocks or ()))
+        clusters = list(dict.fromkeys(block // cluster for block in blocks or ()))
+        chosen = (ctypes.c_uint64 * len(clusters))(*clusters)
         request = _Request(
             list(self.kernels).index(name),
             grid,
@@ -349,7 +353,7 @@ class Module:
             len(memory.extents),
             memory.cells,
             None if blocks is None else chosen,
-            len(chosen) if blocks is not None else count,
+            len(chosen) if blocks is not None else count // cluster,
             seed,
             timeout,
         )

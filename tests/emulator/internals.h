@@ -9,9 +9,10 @@ namespace emulator {
 
 // ---- scheduling -------------------------------------------------------------------------------------------------
 
-enum State { READY, AT_BARRIER, AT_MEETING, AT_MBARRIER, AT_REGISTERS, DONE };
+enum State { READY, AT_BARRIER, AT_MEETING, AT_MBARRIER, AT_CLUSTER, AT_REGISTERS, DONE };
 
-extern u32 threads;        // of a block
+extern u32 threads;        // of the blocks that run together: a cluster
+extern u32 block_threads;
 extern bool random_order;  // the seed is not 0
 u32 random_below(u32 n);
 void wait(State, int site);  // the running thread, until it is woken
@@ -42,13 +43,15 @@ Actor actor_of(const Thread&);
 u8* shared_access(const Actor&, int site, u32 at, u32 bytes, Kind);
 u8* global_access(const Actor&, int site, u64 address, u64 bytes, Kind);
 bool aligned(const Thread&, int site, u64 address, u32 bytes);
+u32 canonical(const Thread&, u64 shared_address);  // with its block, as other blocks have it
+u8* memory_of(u32 canonical);                     // the shared memory of that block
 bool in_parameters(u64 address, u64 bytes);
 extern const u8* parameters;
 extern const KernelInfo* kernel;  // that runs
 
 // ---- mbarriers --------------------------------------------------------------------------------------------------
 
-// A copy that counts on an mbarrier begins, and ends.
+// A copy that counts on an mbarrier begins, and ends; by its canonical address.
 Actor begin_transaction(Thread&, int site, u32 mbarrier, u32 bytes);
 void complete_transaction(const Thread&, int site, u32 mbarrier, u32 bytes);
 
@@ -56,7 +59,7 @@ void complete_transaction(const Thread&, int site, u32 mbarrier, u32 bytes);
 
 void reset_copies();
 bool advance_copy();            // one of those under way; false: none is
-void finish_copies();           // the block has ended
+void finish_copies();           // the blocks have ended
 void reset_products();
 bool advance_product();
 void leave_products(Thread&);   // the thread exits

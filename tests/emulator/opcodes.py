@@ -387,7 +387,7 @@ def convert_address(site: Site) -> str:
     space = site.need("global", "shared", "shared::cta", "local", "const", "param")
     value = site.read(1, site.need("u64"))
     if space.startswith("shared"):
-        value = f"{'shared_from_generic' if to else 'generic_from_shared'}({value})"
+        value = f"{'shared_from_generic' if to else 'generic_from_shared'}(self, {value})"
     return site.write(value, "u64")
 
 
@@ -431,7 +431,7 @@ def convert(site: Site) -> str:
 # --- Memory ------------------------------------------------------------------------------------------------------
 
 SPACES = {"global": "GLOBAL", "shared": "SHARED", "shared::cta": "SHARED", "local": "LOCAL", "const": "GLOBAL"}
-SPACES["shared::cluster"] = "SHARED"  # of a cluster of one block
+SPACES["shared::cluster"] = "SHARED"
 CACHE_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L2::64B", "L2::128B", "L2::256B")
 CACHE_HINTS += tuple(f"L1::{what}" for what in ("evict_normal", "evict_first", "evict_last", "no_allocate"))
 STRONG = ("volatile", "relaxed", "acquire", "release", "acq_rel")
@@ -592,19 +592,18 @@ def barrier(site: Site) -> str:
 
 @opcode("barrier.cluster")
 def barrier_of_cluster(site: Site) -> str:
-    """Of a cluster of one block."""
     waits = site.need("arrive", "wait") == "wait"
-    site.take("release", "acquire", "relaxed")
+    releases = str(site.take("release", "acquire", "relaxed") != "relaxed").lower()
     site.take("aligned")
-    return f"barrier({site.here}, CLUSTER_BARRIER, 0);" if waits else ";"
+    return f"wait_for_cluster({site.here});" if waits else f"arrive_in_cluster({site.here}, {releases});"
 
 
 @opcode("mapa")
 def address_in_cluster(site: Site) -> str:
-    """The same place in the one block of the cluster."""
-    site.take("shared::cluster")
+    """The same place in another block of the cluster."""
+    site.need("shared::cluster")
     kind = site.type()
-    return site.write(site.read(1, kind), kind)
+    return site.write(f"in_block(u32({site.read(1, kind)}), {site.read(2, 'u32')})", "u32")
 
 
 @opcode("shfl")
@@ -646,6 +645,14 @@ def reduce_lanes(site: Site) -> str:
     function = {"and": "a & b", "or": "a | b", "xor": "a ^ b"}.get(operation, f"emulator::{operation}<{kind}>(a, b)")
     code = f"[]({kind} a, {kind} b) -> {kind} {{ return {function}; }}"
     return site.write(f"reduce_lanes<{code}>({site.here}, {site.read(1, kind)}, {site.read(2, 'u32')})")
+
+
+@opcode("elect")
+def elect(site: Site) -> str:
+    site.need("sync")
+    mask = site.read(1, "u32")
+    code = f"const u32 m = {mask}, leader = u32(std::countr_zero(m)); ballot({site.here}, true, m); "
+    return code + site.write_pair("leader", "(self.lane == leader)", "u32")
 
 
 @opcode("activemask")
@@ -738,11 +745,3 @@ def mbarrier(site: Site) -> str:
     phase = site.read(2, "u32" if parity else "u64")  # a fourth operand limits how long to wait
     waits = str(action == "try_wait").lower()
     return site.write(f"mbarrier_test({site.here}, {site.address(1)}, {phase}, {str(parity).lower()}, {waits})")
-
-
-@opcode("elect")
-def elect(site: Site) -> str:
-    site.need("sync")
-    mask = site.read(1, "u32")
-    code = f"const u32 m = {mask}, leader = u32(std::countr_zero(m)); ballot({site.here}, true, m); "
-    return code + site.write_pair("leader", "(self.lane == leader)", "u32")

@@ -128,7 +128,7 @@ class Kernel:
     most_threads: int = 0  # of a block; 0 where the text sets no bound
     least_blocks: int = 0  # of a multiprocessor; 0 likewise
     most_registers: int = 0  # of a thread; 0 likewise
-    cluster: int = 1  # blocks
+    cluster: int = 1  # blocks along x
     registers: dict[str, str] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     body: list[Label | Instruction] = field(default_factory=list)
@@ -325,7 +325,8 @@ class _Parser:
             elif self.accept(".reqnctapercluster"):
                 kernel.cluster = self.integer()
                 while self.accept(","):
-                    kernel.cluster *= self.integer()
+                    if self.integer() != 1:
+                        raise self.error("clusters are supported along x")
             else:
                 self.next()
         self.body(kernel)

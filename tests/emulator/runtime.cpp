@@ -1,7 +1,8 @@
 // runtime.cpp -- fibers, scheduling, memory, the detector and the counters.
 //
-// Blocks run one after the other; within a block, a thread runs until it waits for others. The seed sets the order of
-// blocks, warps and lanes and the moment an asynchronous copy lands; seed 0 is ascending order and the latest moment.
+// Clusters of blocks run one after the other; within one, a thread runs until it waits for others. The seed sets the
+// order of clusters, warps and lanes and the moment an asynchronous copy lands; seed 0 is ascending order and the
+// latest moment.
 //
 // The detector keeps a vector clock for each thread and, for every two bytes of memory, who wrote last and two of those
 // who read since. Two accesses race when one writes, they are not both atomic or strong, and no barrier orders them;
@@ -30,13 +31,13 @@ constexpr u32 SHARED_LIMIT = 227 * 1024;  // bytes a block may have
 constexpr u32 REDZONE = 1024;             // bytes behind the dynamic array, as the translator leaves between others
 constexpr u32 PENDING = 0xffffffffu;      // clock of a write whose asynchronous copy has not been waited for
 
-Index ctaid, ntid, nctaid;
-u32 dynamic_shared_bytes, branches, shared_size;
+Index ntid, nctaid;
+u32 dynamic_shared_bytes, branches, shared_size, block_warps, cluster_size;
 Extent* last_extent;
 u8 *shared_memory, *shared_valid;
 const u8* parameters;
 const KernelInfo* kernel;
-u32 threads, clock_size;
+u32 threads, block_threads, clock_size;
 bool random_order;
 
 // ---- state ------------------------------------------------------------------------------------------------------
@@ -64,12 +65,13 @@ struct Fiber {
   int site;                                // where it waits
   u32 id, reduced, waits_for;               // number of the barrier, or address of the mbarrier
   u64 phase;
+  u32 cluster_phase;                       // that it waits for at the barrier of the cluster; 0: it has not arrived
   std::vector<Copy> open;                  // copies since the last commit
   std::vector<std::vector<Copy>> groups;   // committed, oldest first
   std::vector<Logged> log;
 };
 struct Barrier {
-  u32 arrived, expected, popc, all, any;
+  u32 rank, arrived, expected, popc, all, any;
   int site;
   std::vector<u32> clock;
 };
@@ -97,7 +99,12 @@ struct Traffic {
 
 static std::vector<Fiber> fibers;
 static std::vector<std::array<Meeting, 32>> meetings;  // by warp; arrived == 0: free
-static std::array<Barrier, CLUSTER_BARRIER + 1> barriers;
+constexpr u32 BARRIERS = 16;                           // of a block
+static std::vector<Barrier> barriers;                  // [block, number]
+static struct {
+  u32 phase, arrived;
+  std::vector<u32> arrivals, over;                     // clocks
+} cluster_barrier;
 static std::map<u32, Mbarrier> mbarriers;
 static std::vector<Extent> extents, hints;
 static std::vector<u8> shared_flags;
@@ -109,8 +116,10 @@ static std::vector<Traffic> traffic;                   // two a site: global, sh
 static std::map<std::pair<u32, u32>, u32> engines;     // (kind, number) -> entry in the clocks
 static Fiber* running;
 static u32 live, stack_bytes;
+static std::vector<u32> live_in;                       // by block of the cluster
+static Index first_ctaid;                              // of the cluster
 static u64 parameter_bytes;
-static u32 block_number;                               // 1 for the first block that runs
+static u32 block_number;                               // 1 for the first cluster that runs
 static bool aborted;
 static bool turn_over;                                 // other warps go first, this one may be waiting for them
 static bool idle;                                      // the thread that ran last has only asked again
@@ -127,7 +136,7 @@ u32 random_below(u32 n) {
   return u32((random_state >> 11) % n);
 }
 
-// The block that runs as number i, as an index into the grid.
+// The cluster that runs as number i, as an index into the grid of clusters.
 static u64 block_at(u64 i) {
   if (!block_order.empty()) i = block_order[i];
   else i = u64((first_block + (unsigned __int128)i * block_stride) % block_count);
@@ -149,7 +158,7 @@ void report(const char* kind, int site, const Thread* thread, const char* format
   va_end(arguments);
   if (thread && length < int(sizeof text))
     std::snprintf(text + length, sizeof text - length, "; thread (%u, %u, %u) of block (%u, %u, %u)", thread->tid.x,
-                  thread->tid.y, thread->tid.z, ctaid.x, ctaid.y, ctaid.z);
+                  thread->tid.y, thread->tid.z, thread->ctaid.x, thread->ctaid.y, thread->ctaid.z);
   reports.push_back({kind, text, site, 1});
 }
 
@@ -259,7 +268,7 @@ u32 engine(Engine kind, u32 number) {
 static std::string name_of_actor(u32 id) {
   if (id < threads) return "thread " + std::to_string(id);
   for (const auto& [key, entry] : engines) {
-    const std::string number = std::to_string(key.second);
+    const std::string number = std::to_string(key.first == ARRIVALS ? key.second % WINDOW : key.second);
     if (entry != id) continue;
     if (key.first == ARRIVALS) return "a copy that counts on the mbarrier at shared address " + number;
     if (key.first == PRODUCTS) return "the products of warpgroup " + number;
@@ -316,7 +325,7 @@ static void check(const Actor& by, int site, Cell& c, Kind kind, const Extent& w
              name_of(where).text, c.writer);
     else
       report("race", site, by.thread, "%s %s races with a write by %s of block %llu", what, name_of(where).text,
-             name_of_actor(c.writer).c_str(), (unsigned long long)block_at(c.write_block - 1));
+             name_of_actor(c.writer).c_str(), (unsigned long long)block_at(c.write_block - 1) * cluster_size);
   } else if (by.engine && &where == &shared_extent && c.write_block == block_number && c.writer < threads &&
              by.seen[threads + engine_limit + c.writer] < c.write_clock) {
     report("fence", site, by.thread, "an engine's %s what thread %u wrote, with no fence.proxy.async in between", what,
@@ -328,7 +337,7 @@ static void check(const Actor& by, int site, Cell& c, Kind kind, const Extent& w
     for (int i = 0; i < 2; i++)
       if (!(strong && c.strong_read[i]) && unordered(by, c.read_block[i], c.read_clock[i], c.reader[i]))
         report("race", site, by.thread, "write to %s races with a read by %s of block %llu", name_of(where).text,
-               name_of_actor(c.reader[i]).c_str(), (unsigned long long)block_at(c.read_block[i] - 1));
+               name_of_actor(c.reader[i]).c_str(), (unsigned long long)block_at(c.read_block[i] - 1) * cluster_size);
     c.write_block = block_number;
     c.write_clock = kind == ASYNC_WRITE ? PENDING : by.now;
     c.writer = u16(by.id);
@@ -397,7 +406,7 @@ static void count_request(const Logged* first, const Logged* last) {
 }
 
 // Lanes meet in a request by the count of how often each has executed the instruction since the last flush.
-static void flush_counters() {
+static void flush_counters(u32 rank) {
   if (!TRACE) return;
   struct Request {
     u32 lanes;
@@ -406,7 +415,7 @@ static void flush_counters() {
   static std::vector<u32> most, executed, base, used;  // by counter, and the counters that occur
   static std::vector<Request> requests;
   most.resize(traffic.size()), executed.resize(traffic.size()), base.resize(traffic.size());
-  for (u32 warp = 0; warp * 32 < threads; warp++) {
+  for (u32 warp = rank * block_warps; warp < (rank + 1) * block_warps; warp++) {
     const u32 low = warp * 32, high = std::min(threads, low + 32);
     u32 count = 0;
     used.clear();
@@ -440,7 +449,24 @@ static void check_all(const Actor& by, int site, Cell* cells, u64 bytes, Kind ki
 
 static const char* name_of(Kind kind) { return kind == READ || kind == STRONG_READ ? "read" : "write"; }
 
-u8* shared_access(const Actor& by, int site, u32 at, u32 bytes, Kind kind) {
+u32 canonical(const Thread& self, u64 address) {
+  return u32(address) < WINDOW ? in_block(u32(address), self.rank) : u32(address);
+}
+
+u8* memory_of(u32 address) { return shared_memory + u64(address / WINDOW - 1) * shared_size; }
+
+// Whether the block of a canonical address can be reached.
+static bool is_there(const Thread& self, int site, u32 place) {
+  const u32 rank = place / WINDOW - 1;
+  if (rank == self.rank || (rank < cluster_size && live_in[rank])) return true;
+  report("bounds", site, &self, "shared memory of block %u of the cluster, which %s", rank,
+         rank < cluster_size ? "has ended" : "is not there");
+  return false;
+}
+
+u8* shared_access(const Actor& by, int site, u32 address, u32 bytes, Kind kind) {
+  const u32 place = canonical(*by.thread, address), at = place % WINDOW;
+  if (!is_there(*by.thread, site, place)) return nullptr;
   // Between two arrays lie more bytes than an access has.
   if (u64(at) + bytes > shared_size || !shared_valid[at] || !shared_valid[at + bytes - 1]) {
     long nearest = 1l << 40;
@@ -456,13 +482,14 @@ u8* shared_access(const Actor& by, int site, u32 at, u32 bytes, Kind kind) {
            array == kernel->array_count ? " (dynamic)" : "");
     return nullptr;
   }
-  if (TRACE) check_all(by, site, &shared_cells[at / cell_bytes], bytes, kind, shared_extent);
-  return shared_memory + at;
+  u8* const memory = memory_of(place);
+  if (TRACE) check_all(by, site, &shared_cells[(memory - shared_memory + at) / cell_bytes], bytes, kind, shared_extent);
+  return memory + at;
 }
 
 static u8* resolve_shared(Thread& self, int site, u32 at, u32 bytes, Kind kind) {
   u8* p = shared_access(actor_of(self), site, at, bytes, kind);
-  if (TRACE && p) self.fiber->log.push_back({2 * u32(site) + 1, at, bytes});
+  if (TRACE && p) self.fiber->log.push_back({2 * u32(site) + 1, at % WINDOW, bytes});
   return p;
 }
 
@@ -534,8 +561,8 @@ u8* resolve(Thread& self, int site, Space space, u64 address, u32 bytes, Kind ki
   const u64 stack = u64(self.fiber->stack);
   const bool on_stack = address >= stack && address + bytes <= stack + stack_bytes;
   if (space == GENERIC) {
-    const u64 offset = shared_from_generic(address);
-    if (offset < shared_size) space = SHARED, address = offset;
+    const bool shared = address - u64(shared_memory) < u64(shared_size) * cluster_size;
+    if (shared) space = SHARED, address = shared_from_generic(self, address);
     else space = on_stack ? LOCAL : GLOBAL;
   }
   if (!aligned(self, site, address, bytes)) return nullptr;
@@ -555,25 +582,28 @@ static void release(Barrier& b) {
     f.reduced = b.popc | b.all << 16 | b.any << 17;
     receive(f.id, b.clock);
   }
-  if (b.expected == 0) flush_counters();
+  if (b.expected == 0) flush_counters(b.rank);
   b.arrived = 0;
 }
 
 // A barrier of the whole block opens when all threads that are left have arrived; that some had exited is reported.
 static bool complete(const Barrier& b) {
   if (b.expected) return b.arrived >= b.expected;
-  if (b.arrived < live) return false;
-  if (live < threads)
-    report("divergence", b.site, nullptr, "%u threads wait at the barrier, %u have exited; block (%u, %u, %u)", live,
-           threads - live, ctaid.x, ctaid.y, ctaid.z);
+  const u32 left = live_in[b.rank];
+  if (b.arrived < left) return false;
+  if (left < block_threads)
+    report("divergence", b.site, nullptr, "%u threads wait at the barrier, %u have exited; block (%u, %u, %u)", left,
+           block_threads - left, first_ctaid.x + b.rank, first_ctaid.y, first_ctaid.z);
   return true;
 }
 
 u32 barrier(Thread& self, int site, u32 id, u32 count, bool waits, Reduction reduction, u32 value) {
-  if (id >= barriers.size() || count % 32 || count > threads) {
-    report("barrier", site, &self, "barrier %u of %u threads is not possible in a block of %u", id, count, threads);
+  if (id >= BARRIERS || count % 32 || count > block_threads) {
+    report("barrier", site, &self, "barrier %u of %u threads is not possible in a block of %u", id, count,
+           block_threads);
     abort_launch();
   }
+  id += self.rank * BARRIERS;
   Barrier& b = barriers[id];
   if (b.arrived == 0) {
     b.expected = count, b.site = site, b.popc = b.any = 0, b.all = 1;
@@ -591,12 +621,41 @@ u32 barrier(Thread& self, int site, u32 id, u32 count, bool waits, Reduction red
   return reduction == POPC ? r & 0xffff : reduction == AND ? r >> 16 & 1 : r >> 17;
 }
 
+// The barrier of a cluster opens when all threads that are left have arrived.
+static void open_cluster() {
+  if (!cluster_barrier.arrived || cluster_barrier.arrived < live) return;
+  cluster_barrier.arrived = 0, cluster_barrier.phase++;
+  if (TRACE) join(cluster_barrier.over.data(), cluster_barrier.arrivals.data());
+}
+
+void arrive_in_cluster(Thread& self, int site, bool releases) {
+  if (self.fiber->cluster_phase) {
+    report("barrier", site, &self, "the thread arrives a second time before it has waited for the cluster");
+    abort_launch();
+  }
+  if (releases) publish(self.id, cluster_barrier.arrivals);
+  self.fiber->cluster_phase = cluster_barrier.phase + 1;
+  cluster_barrier.arrived++;
+  open_cluster();
+}
+
+void wait_for_cluster(Thread& self, int site) {
+  if (!self.fiber->cluster_phase) {
+    report("barrier", site, &self, "the thread waits for the cluster before it has arrived");
+    abort_launch();
+  }
+  if (cluster_barrier.phase < self.fiber->cluster_phase) wait(AT_CLUSTER, site);
+  self.fiber->cluster_phase = 0;
+  receive(self.id, cluster_barrier.over);
+}
+
 void leave(Thread& self) {
   leave_products(self);
   self.fiber->state = DONE;
-  live--;
+  live--, live_in[self.rank]--;
   for (Barrier& b : barriers)
-    if (b.arrived && b.expected == 0 && live && complete(b)) release(b);
+    if (b.rank == self.rank && b.arrived && b.expected == 0 && live_in[b.rank] && complete(b)) release(b);
+  open_cluster();
   to_scheduler();
   __builtin_unreachable();
 }
@@ -704,7 +763,9 @@ void wait_all(Thread& self) {
 // ---- mbarriers --------------------------------------------------------------------------------------------------
 
 static Mbarrier& mbarrier_at(Thread& self, int site, u64 address) {
-  const auto found = mbarriers.find(u32(address));
+  const u32 place = canonical(self, address);
+  if (!is_there(self, site, place)) abort_launch();
+  const auto found = mbarriers.find(place);
   if (found == mbarriers.end()) {
     report("barrier", site, &self, "mbarrier used before it is initialised");
     abort_launch();
@@ -715,19 +776,19 @@ static Mbarrier& mbarrier_at(Thread& self, int site, u64 address) {
 void mbarrier_init(Thread& self, int site, u64 address, u32 count) {
   if (!access(self, site, SHARED, address, 8, STRONG_WRITE)) abort_launch();
   const std::vector<u32> clock(clock_size);
-  mbarriers[u32(address)] = {count, count, 0, 0, 0, self.id, false, clock, clock};
+  mbarriers[canonical(self, address)] = {count, count, 0, 0, 0, self.id, false, clock, clock};
 }
 
 void mbarrier_invalidate(Thread& self, int site, u64 address) {
   mbarrier_at(self, site, address);
-  mbarriers.erase(u32(address));
+  mbarriers.erase(canonical(self, address));
 }
 
 static void end_phase(const Thread& self, int site, Mbarrier& b) {
   if (b.pending || b.expected) return;
   if (b.under_way)
-    report("barrier", site, &self, "a phase of an mbarrier ends while copies bring it %ld bytes: more come than expected",
-           b.under_way);
+    report("barrier", site, &self,
+           "a phase of an mbarrier ends while copies bring it %ld bytes: more come than expected", b.under_way);
   b.phase++, b.pending = b.count;
   if (TRACE) join(b.over.data(), b.arrived.data());
 }
@@ -786,7 +847,7 @@ static bool passed(u64 current, u64 phase, bool parity) {
 bool mbarrier_test(Thread& self, int site, u64 address, u64 phase, bool parity, bool waits) {
   if (!passed(mbarrier_at(self, site, address).phase, phase, parity)) {
     if (waits) {
-      self.fiber->waits_for = u32(address);
+      self.fiber->waits_for = canonical(self, address);
       self.fiber->phase = phase << 1 | parity;
     }
     turn_over = idle = true;
@@ -796,7 +857,7 @@ bool mbarrier_test(Thread& self, int site, u64 address, u64 phase, bool parity, 
   if (!passed(b.phase, phase, parity)) return false;
   receive(self.id, b.over);
   if (TRACE)
-    if (const auto found = engines.find({ARRIVALS, u32(address)}); found != engines.end()) {
+    if (const auto found = engines.find({ARRIVALS, canonical(self, address)}); found != engines.end()) {
       u32& seen = clock_of(self.id)[found->second];
       seen = std::max(seen, u32(b.phase));
     }
@@ -808,6 +869,7 @@ static bool can_run(Fiber& f) {
     const auto found = mbarriers.find(f.waits_for);
     if (found == mbarriers.end() || passed(found->second.phase, f.phase >> 1, f.phase & 1)) f.state = READY;
   }
+  if (f.state == AT_CLUSTER && cluster_barrier.phase >= f.cluster_phase) f.state = READY;
   return f.state == READY;
 }
 
@@ -840,22 +902,26 @@ static void report_deadlock() {
     const Mbarrier& b = mbarriers.at(f.waits_for);
     missing = ", which lacks " + std::to_string(b.pending) + " arrivals and " + std::to_string(b.expected) + " bytes";
   }
+  if (waiting[AT_CLUSTER]) missing += ", " + std::to_string(waiting[AT_CLUSTER]) + " for their cluster";
   if (waiting[AT_REGISTERS]) missing += ", " + std::to_string(waiting[AT_REGISTERS]) + " for registers";
   report("deadlock", site, nullptr,
          "%u threads wait at a barrier, %u for lanes of their warp, %u at an mbarrier%s, %u have exited; "
          "block (%u, %u, %u)",
-         waiting[AT_BARRIER], waiting[AT_MEETING], waiting[AT_MBARRIER], missing.c_str(), waiting[DONE], ctaid.x,
-         ctaid.y, ctaid.z);
+         waiting[AT_BARRIER], waiting[AT_MEETING], waiting[AT_MBARRIER], missing.c_str(), waiting[DONE],
+         first_ctaid.x, first_ctaid.y, first_ctaid.z);
 }
 
-static void reset_block() {
-  std::memset(shared_memory, POISON, shared_size);
+static void reset_cluster() {
+  std::memset(shared_memory, POISON, u64(shared_size) * cluster_size);
   if (TRACE) {
     clocks.assign(u64(threads) * clock_size, 0);
     for (u32 i = 0; i < threads; i++) clock_of(i)[i] = 1;
-    shared_cells.assign(shared_size / cell_bytes + 1, Cell{});
+    shared_cells.assign(u64(shared_size) * cluster_size / cell_bytes + 1, Cell{});
   }
-  for (Barrier& b : barriers) b.arrived = 0;
+  barriers.resize(cluster_size * BARRIERS);
+  for (u32 i = 0; i < barriers.size(); i++) barriers[i].rank = i / BARRIERS, barriers[i].arrived = 0;
+  cluster_barrier.phase = cluster_barrier.arrived = 0;
+  cluster_barrier.arrivals.assign(clock_size, 0), cluster_barrier.over.assign(clock_size, 0);
   for (auto& warp : meetings)
     for (Meeting& m : warp) m.arrived = 0;
   mbarriers.clear();
@@ -864,14 +930,17 @@ static void reset_block() {
   reset_products();
   for (Fiber& f : fibers) {
     f.state = READY;
+    f.cluster_phase = 0;
+    f.thread.ctaid = {first_ctaid.x + f.thread.rank, first_ctaid.y, first_ctaid.z};
     f.open.clear(), f.groups.clear(), f.log.clear();
     prepare(f, run_fiber);
   }
   live = threads;
+  live_in.assign(cluster_size, block_threads);
 }
 
-static void run_block() {
-  reset_block();
+static void run_cluster() {
+  reset_cluster();
   std::vector<u32> warps = ascending(u32(meetings.size())), lanes = ascending(32);
   while (live) {
     bool any = false, busy = false;
@@ -903,7 +972,7 @@ static void run_block() {
     }
   }
   finish_copies();
-  flush_counters();
+  for (u32 rank = 0; rank < cluster_size; rank++) flush_counters(rank);
 }
 
 struct Request {
@@ -912,7 +981,7 @@ struct Request {
   u64 parameter_bytes;
   const Extent* extents;
   u64 extent_count, shadow_cells;
-  const u64* blocks;  // null: the whole grid
+  const u64* blocks;  // clusters; null: the whole grid
   u64 block_count, seed;
   double timeout;
 };
@@ -924,10 +993,10 @@ static bool lay_out_shared() {
     report("launch", -1, nullptr, "%u bytes of shared memory, %u are possible", used, SHARED_LIMIT);
     return false;
   }
-  shared_size = kernel->dynamic_offset + dynamic_shared_bytes + REDZONE;
+  shared_size = (kernel->dynamic_offset + dynamic_shared_bytes + REDZONE + 1023) / 1024 * 1024;
   static u8* memory = nullptr;
   std::free(memory);
-  memory = static_cast<u8*>(std::aligned_alloc(1024, (shared_size + 1023) / 1024 * 1024));
+  memory = static_cast<u8*>(std::aligned_alloc(1024, u64(shared_size) * cluster_size));
   shared_memory = memory;
   shared_flags.assign(shared_size, 0);
   shared_valid = shared_flags.data();
@@ -979,11 +1048,17 @@ static void launch(const Request& r) {
   parameter_bytes = r.parameter_bytes;
   ntid = {r.block[0], r.block[1], r.block[2]};
   nctaid = {r.grid[0], r.grid[1], r.grid[2]};
-  threads = ntid.x * ntid.y * ntid.z;
+  block_threads = ntid.x * ntid.y * ntid.z;
+  block_warps = (block_threads + 31) / 32;
+  cluster_size = kernel->cluster_size;
+  threads = block_threads * cluster_size;
   clock_size = threads + (engine_limit ? engine_limit + threads : 0);
   dynamic_shared_bytes = r.shared_bytes;
   random_order = r.seed != 0;
   random_state = 0x9e3779b97f4a7c15u * (r.seed + 1);
+  if (cluster_size > 1 && (block_threads % 32 || nctaid.x % cluster_size))
+    return report("launch", -1, nullptr, "a cluster of %u blocks needs whole warps, and whole clusters along x",
+                  cluster_size);
   if (!lay_out_shared()) return;
 
   extents.assign(r.extents, r.extents + r.extent_count);
@@ -1012,15 +1087,16 @@ static void launch(const Request& r) {
   for (u32 i = 0; i < threads; i++) {
     fibers[i].id = i;
     fibers[i].stack = stacks + u64(i) * stack_bytes;
-    const Index tid{i % ntid.x, i / ntid.x % ntid.y, i / (ntid.x * ntid.y)};
-    fibers[i].thread = {tid, i, i % 32, i / 32, &fibers[i]};
+    const u32 n = i % block_threads, rank = i / block_threads;
+    const Index tid{n % ntid.x, n / ntid.x % ntid.y, n / (ntid.x * ntid.y)};
+    fibers[i].thread = {tid, {}, i, i % 32, i / 32, rank, shared_memory + u64(rank) * shared_size, &fibers[i]};
   }
   for (u64 i = 0; i < block_count; i++) {
-    const u64 b = block_at(i), rows = b / nctaid.x;
-    ctaid = {u32(b % nctaid.x), u32(rows % nctaid.y), u32(rows / nctaid.y)};
+    const u64 b = block_at(i) * cluster_size, rows = b / nctaid.x;
+    first_ctaid = {u32(b % nctaid.x), u32(rows % nctaid.y), u32(rows / nctaid.y)};
     block_number = u32(i) + 1;
     if (out_of_time(-1, nullptr)) break;
-    run_block();
+    run_cluster();
     if (aborted) break;
   }
   munmap(stacks, u64(threads) * stack_bytes);

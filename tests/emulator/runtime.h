@@ -23,12 +23,14 @@ struct Index {
 
 struct Fiber;
 struct Thread {
-  Index tid;
-  u32 id, lane, warp;
+  Index tid, ctaid;
+  u32 id, lane, warp;  // the first and the last one counted over the blocks of the cluster
+  u32 rank;            // of the block in its cluster
+  u8* shared;          // memory of the block
   Fiber* fiber;
 };
-extern Index ctaid, ntid, nctaid;
-extern u32 dynamic_shared_bytes;
+extern Index ntid, nctaid;
+extern u32 dynamic_shared_bytes, block_warps, cluster_size;
 
 enum Space { GENERIC, GLOBAL, SHARED, LOCAL };
 // Strong: volatile, relaxed, acquire, release.
@@ -46,7 +48,7 @@ struct Extent {
 enum { NEVER, ALWAYS, IF_NOT_POISON };
 constexpr u8 POISON = 0xff;  // in every byte: NaN in every float type
 extern Extent* last_extent;  // by site: where its previous access went, most often the right one again
-extern u8* shared_memory;
+extern u8* shared_memory;    // of all blocks of the cluster, `shared_size` bytes each
 extern u8* shared_valid;     // one flag a byte: inside a shared array
 extern u32 shared_size;
 
@@ -60,7 +62,7 @@ inline u8* access(Thread& self, int site, Space space, u64 address, u32 bytes, K
   } else if (space == SHARED) {
     const u32 at = u32(address);
     if (u64(at) + bytes <= shared_size && shared_valid[at] && shared_valid[at + bytes - 1] && at % bytes == 0)
-      return shared_memory + at;
+      return self.shared + at;
   }
 #endif
   return resolve(self, site, space, address, bytes, kind);
@@ -101,8 +103,18 @@ inline T atomic(Thread& self, int site, Space space, u64 address, F update) {
   return before;
 }
 
-inline u64 generic_from_shared(u64 offset) { return u64(shared_memory) + u32(offset); }
-inline u64 shared_from_generic(u64 address) { return address - u64(shared_memory); }
+// Shared memory of other blocks of the cluster begins at a multiple of WINDOW, that of the own block at 0 as well.
+constexpr u32 WINDOW = 1 << 24;
+inline u32 in_block(u32 address, u32 rank) { return address % WINDOW + (rank + 1) * WINDOW; }
+inline u64 generic_from_shared(Thread& self, u64 address) {
+  const u32 at = u32(address), rank = at < WINDOW ? self.rank : at / WINDOW - 1;
+  return u64(shared_memory) + u64(rank) * shared_size + at % WINDOW;
+}
+inline u64 shared_from_generic(Thread& self, u64 address) {
+  const u64 offset = address - u64(shared_memory);
+  const u32 rank = u32(offset / shared_size), at = u32(offset % shared_size);
+  return rank == self.rank ? at : in_block(at, rank);
+}
 
 // ---- control ----------------------------------------------------------------------------------------------------
 
@@ -117,9 +129,10 @@ inline void backward(Thread& self, int site) {
 // ---- barriers and collectives -----------------------------------------------------------------------------------
 
 enum Reduction { POPC, AND, OR };
-constexpr u32 CLUSTER_BARRIER = 16;  // behind those that PTX numbers
 // `threads` 0: the whole block. Returns the reduction of `value` over the threads.
 u32 barrier(Thread&, int site, u32 id, u32 threads, bool wait = true, Reduction = POPC, u32 value = 0);
+void arrive_in_cluster(Thread&, int site, bool releases);
+void wait_for_cluster(Thread&, int site);
 
 // Lanes of a warp meet: the last one to arrive computes from all inputs to all outputs.
 struct Meeting {
@@ -196,6 +209,7 @@ struct KernelInfo {
   u32 array_count, dynamic_offset;
   u64 stack_bytes;
   u32 most_threads, least_blocks, most_registers;  // its launch bounds; 0 where the text has none
+  u32 cluster_size;
 };
 struct ModuleVariable {
   u8* address;

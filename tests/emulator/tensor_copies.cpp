@@ -38,7 +38,7 @@ struct BulkCopy {
   const Thread* thread;
   int site;
   bool loads;
-  u32 mbarrier;             // of a load
+  u32 mbarrier;             // of a load; canonical, as the next one
   u32 shared, row_bytes, swizzle;
   std::vector<Line> rows;   // one each, `bytes` 0 where it is outside
   u8 fill;
@@ -50,8 +50,8 @@ struct BulkCopy {
   // Where byte `at` of the box lies: pieces of a line of 128 bytes are exchanged, by the number of that line.
   u32 place(u32 at) const {
     const u32 address = shared + at, line = address / 128, piece = address / PIECE % 8;
-    const u32 moved = swizzle == 3 ? piece ^ line % 8 : swizzle == 2 ? piece ^ line % 4 : swizzle ? piece ^ line % 2 : piece;
-    return line * 128 + moved * PIECE + address % PIECE;
+    const u32 lines = swizzle == 3 ? 8 : swizzle == 2 ? 4 : swizzle == 1 ? 2 : 1;  // until the pattern repeats
+    return line * 128 + (piece ^ line % lines) * PIECE + address % PIECE;
   }
 
   void load() {
@@ -59,14 +59,15 @@ struct BulkCopy {
       const Line& line = rows[r];
       const u8* from = reinterpret_cast<const u8*>(line.global);
       for (u32 at = 0; at < row_bytes; at += PIECE) {
-        u8* to = shared_memory + place(r * row_bytes + at);
+        u8* to = memory_of(shared) + place(r * row_bytes + at) % WINDOW;
         for (u32 i = 0; i < PIECE; i++) to[i] = at + i - line.begin < line.bytes ? from[at + i - line.begin] : fill;
       }
     }
   }
   void read_shared() {
     read.resize(bytes());
-    for (u32 at = 0; at < bytes(); at += PIECE) std::memcpy(&read[at], shared_memory + place(at), PIECE);
+    const u8* memory = memory_of(shared);
+    for (u32 at = 0; at < bytes(); at += PIECE) std::memcpy(&read[at], memory + place(at) % WINDOW, PIECE);
     has_read = true;
   }
   void write_global() {
@@ -152,11 +153,18 @@ static bool check(const BulkCopy& c, const Actor& shared_side, const Actor& glob
   return true;
 }
 
+// `blocks` 0: to the address itself; else to its place in every block whose bit is set, and on the mbarrier there.
 static void start_load(Thread& self, BulkCopy copy, u64 mbarrier, u32 blocks) {
-  if (blocks != 1)
-    return report("copy", copy.site, &self, "a copy to the blocks 0x%x of a cluster of one block", blocks);
-  copy.mbarrier = u32(mbarrier);
-  if (check(copy, begin_transaction(self, copy.site, copy.mbarrier, copy.bytes()), actor_of(self))) start(copy);
+  copy.mbarrier = canonical(self, mbarrier);
+  const auto start_one = [&] {
+    if (check(copy, begin_transaction(self, copy.site, copy.mbarrier, copy.bytes()), actor_of(self))) start(copy);
+  };
+  if (!blocks) return start_one();
+  for (u32 rank = 0; blocks >> rank; rank++) {
+    if (!(blocks >> rank & 1)) continue;
+    copy.mbarrier = in_block(copy.mbarrier, rank), copy.shared = in_block(copy.shared, rank);
+    start_one();
+  }
 }
 
 static void start_store(Thread& self, const BulkCopy& copy) {
@@ -174,7 +182,7 @@ static void start_store(Thread& self, const BulkCopy& copy) {
 
 // The copy of a box, without the sides' checks; no rows: reported.
 static BulkCopy box_of(Thread& self, int site, bool loads, u64 map, const s32* start, u32 rank, u64 shared) {
-  BulkCopy copy{&self, site, loads, 0, u32(shared), 0, 0, {}, 0, {}, false, false, false};
+  BulkCopy copy{&self, site, loads, 0, canonical(self, shared), 0, 0, {}, 0, {}, false, false, false};
   TensorMap m;
   const bool parameter = in_parameters(map, sizeof m);
   if (!parameter && !global_access(actor_of(self), site, map, sizeof m, READ)) return copy;
@@ -231,7 +239,7 @@ void store_box(Thread& self, int site, u64 map, const s32* start, u32 rank, u64 
 
 // The same without a map: one row.
 static BulkCopy bytes_of(Thread& self, int site, bool loads, u64 shared, u64 global, u32 bytes) {
-  BulkCopy copy{&self, site, loads, 0, u32(shared), bytes, 0, {}, 0, {}, false, false, false};
+  BulkCopy copy{&self, site, loads, 0, canonical(self, shared), bytes, 0, {}, 0, {}, false, false, false};
   if (bytes % PIECE) report("copy", site, &self, "a copy of %u bytes, no multiple of %u", bytes, PIECE);
   else if (bytes && aligned(self, site, shared, PIECE) && aligned(self, site, global, PIECE))
     copy.rows.push_back({global, 0, bytes});

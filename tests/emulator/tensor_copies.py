@@ -23,8 +23,8 @@ def box(site: Site, index: int) -> tuple[str, str, int]:
 
 
 def blocks(site: Site, index: int) -> str:
-    """Which blocks of the cluster a load goes to: without multicast, the one that asks."""
-    return site.read(index, "u16") if site.take("multicast::cluster") else "1"
+    """Which blocks of the cluster a load goes to; 0 where it goes to an address."""
+    return site.read(index, "u16") if site.take("multicast::cluster") else "0"
 
 
 def no_hint(site: Site) -> None:
@@ -84,7 +84,9 @@ def prefetch(site: Site) -> str:
 
 @opcode("fence.proxy.async")
 def fence(site: Site) -> str:
-    site.take("global", "shared::cta", "shared::cluster")
+    if site.take("global"):  # what threads write to global memory counts as theirs until the launch ends
+        return ";"
+    site.take("shared::cta", "shared::cluster")
     return "fence_async(self);"
 
 

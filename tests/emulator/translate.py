@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache, lint
-from .opcodes import TYPES, UnsupportedError, is_byte_access, statement
+from .opcodes import TYPES, is_byte_access, statement
 from .ptx import (
     SIZES,
     Address,
@@ -33,15 +33,17 @@ from .warpgroup import sums_of
 REDZONE = 1024  # bytes between shared arrays, so that one index too many falls between them
 STACK = 96 * 1024  # bytes for the compiler's own use, on top of local arrays and registers
 
-ENGINES = 96  # of a block: mbarriers that copies count on, warpgroups, two of each thread that stores in bulk
+ENGINES = 96  # of a cluster: mbarriers that copies count on, warpgroups, two of each thread that stores in bulk
 
 INTEGERS = {f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)}
 
-SPECIAL = {f"%{name}.{axis}": f"{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
-SPECIAL |= {f"%tid.{axis}": f"self.tid.{axis}" for axis in "xyz"}
-SPECIAL |= {"%laneid": "self.lane", "%warpid": "self.warp", "%dynamic_smem_size": "dynamic_shared_bytes"}
-SPECIAL |= dict.fromkeys(("%cluster_ctarank", "%cluster_ctaid.x", "%cluster_ctaid.y", "%cluster_ctaid.z"), "0u")
-SPECIAL |= dict.fromkeys(("%cluster_nctarank", "%cluster_nctaid.x", "%cluster_nctaid.y", "%cluster_nctaid.z"), "1u")
+SPECIAL = {f"%{name}.{axis}": f"{name}.{axis}" for name in ("ntid", "nctaid") for axis in "xyz"}
+SPECIAL |= {f"%{name}.{axis}": f"self.{name}.{axis}" for name in ("tid", "ctaid") for axis in "xyz"}
+SPECIAL |= {"%laneid": "self.lane", "%warpid": "(self.warp % block_warps)"}
+SPECIAL |= {"%dynamic_smem_size": "dynamic_shared_bytes"}
+SPECIAL |= dict.fromkeys(("%cluster_ctarank", "%cluster_ctaid.x"), "self.rank")
+SPECIAL |= dict.fromkeys(("%cluster_nctarank", "%cluster_nctaid.x"), "cluster_size")
+SPECIAL |= {"%clusterid.x": "(self.ctaid.x / cluster_size)", "%nclusterid.x": "(nctaid.x / cluster_size)"}
 SPECIAL |= {"%lanemask_eq": "(1u << self.lane)", "%lanemask_lt": "((1u << self.lane) - 1)"}
 SPECIAL |= {"%lanemask_le": "(2u << self.lane) - 1", "%lanemask_gt": "~((2u << self.lane) - 1)"}
 SPECIAL |= {"%lanemask_ge": "~((1u << self.lane) - 1)"}
@@ -54,6 +56,7 @@ class KernelInfo:
     parameters: list[Parameter]
     shared_bytes: int  # of its static arrays
     most_threads: int  # of a block, from its launch bounds; 0 without
+    cluster: int  # blocks
     findings: list[tuple[str, int, str]]  # of lint.py: kind, site, text
 
 
@@ -269,7 +272,9 @@ class _KernelWriter:
         for part in self.parts:
             stack += 16 * len(part.registers) + sum(v.size + v.align for v in part.variables if v.space != "shared")
         stack = math.ceil(stack / 4096) * 4096
-        bounds = ", ".join(map(str, (self.kernel.most_threads, self.kernel.least_blocks, self.kernel.most_registers)))
+        kernel = self.kernel
+        limits = (kernel.most_threads, kernel.least_blocks, kernel.most_registers, kernel.cluster)
+        bounds = ", ".join(map(str, limits))
         return (
             f"static const SharedArray arrays_{index}[] = {{{', '.join([*arrays, '{0, 0}'])}}};",
             f"  {{kernel_{index}, arrays_{index}, {len(arrays)}, {self.dynamic_offset}, {stack}, {bounds}}},",
@@ -318,10 +323,10 @@ def translate(program: Program) -> Translation:
     table, infos = [], {}
     for index, kernel in enumerate(program.kernels.values()):
         writer = _KernelWriter(kernel, index, program)
-        if kernel.cluster != 1:
-            raise UnsupportedError(f"{kernel.name} asks for clusters of {kernel.cluster} blocks; one is supported")
         lines.append(writer.code(sites))
-        infos[kernel.name] = KernelInfo(kernel.parameters, writer.shared_bytes, kernel.most_threads, writer.findings)
+        infos[kernel.name] = KernelInfo(
+            kernel.parameters, writer.shared_bytes, kernel.most_threads, kernel.cluster, writer.findings
+        )
         arrays, row = writer.info()
         lines.append(arrays)
         table.append(row)

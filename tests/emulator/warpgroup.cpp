@@ -15,10 +15,11 @@ constexpr u32 WARPGROUP = 128, ROWS = 64, DEPTH_BYTES = 32, MOST_COLUMNS = 256;
 
 // ---- matrices in shared memory ----------------------------------------------------------------------------------
 
-// What a matrix descriptor says. Where the sum runs along memory, 8 rows of `width` bytes follow each other and the next
-// 8 come after `stride`. Where it runs across (transposed), memory has lines of `width` bytes, 8 of one index of the sum
-// after the other, the next 8 after `stride`, and the next `width` bytes of rows after `leading`. Without a swizzle the
-// width is 16 bytes, and the remaining distances are the other way round: see the canonical layouts of the manual.
+// What a matrix descriptor says. Where the sum runs along memory, 8 rows of `width` bytes follow each other, and the
+// next 8 come after `stride`; without a swizzle the width is 16 bytes, and the second half of the sum comes after
+// `leading`. Where it runs across memory (transposed), a line of `width` bytes is one index of the sum: 8 lines follow
+// each other, the next 8 come after `stride`, and the rows beyond `width` bytes after `leading`; without a swizzle the
+// other way round. These are the canonical layouts of the manual.
 struct Matrix {
   u32 start, leading, stride, base, width;
   bool transposed;
@@ -31,8 +32,8 @@ struct Matrix {
     width = WIDTHS[descriptor >> 62];
   }
 
-  // The address of 16 bytes: of row `line`, from byte 16 `piece` of the sum on; where transposed, of index `line` of the
-  // sum, from byte 16 `piece` of the rows on.
+  // The address of 16 bytes: of row `line`, from byte 16 * piece of the sum on; where transposed, of index `line` of
+  // the sum, from byte 16 * piece of the rows on.
   u32 address(u32 line, u32 piece) const {
     const u32 within = 16 * piece % width, beyond = 16 * piece / width;
     const bool plain = width == 16;
@@ -70,9 +71,11 @@ struct Product {
   bool a_in_registers, adds;
   u64 a, b;  // descriptors
   u32 number;
+  const u8* memory;  // of the block
   std::vector<Input> in;
 };
 struct Warpgroup {
+  u32 rank, first;  // its block, and its first thread
   u32 arrived, issued;
   int site;
   Product next;
@@ -91,26 +94,35 @@ struct Waiter {  // a thread
 
 static std::vector<Warpgroup> warpgroups;
 static std::vector<Waiter> waiters;
-static u32 free_registers;
+static std::vector<u32> free_registers;  // by block
 
 constexpr u32 REGISTERS = 65536, MOST_REGISTERS = 256;  // of a multiprocessor; a thread
 
 void reset_products() {
-  warpgroups.assign(threads / WARPGROUP, Warpgroup{});
+  const u32 in_block = block_threads / WARPGROUP;
+  warpgroups.assign(in_block * cluster_size, Warpgroup{});
   waiters.assign(engine_limit ? threads : 0, Waiter{});
-  free_registers = 0;
+  free_registers.assign(cluster_size, 0);
   u32 at_start = kernel->most_registers;
   if (!at_start && kernel->most_threads && kernel->least_blocks)
     at_start = std::min(MOST_REGISTERS, REGISTERS / (kernel->most_threads * kernel->least_blocks) / 8 * 8);
-  for (Warpgroup& g : warpgroups) g.registers = at_start;
+  for (u32 i = 0; i < warpgroups.size(); i++) {
+    Warpgroup& g = warpgroups[i];
+    g.rank = i / in_block, g.first = g.rank * block_threads + i % in_block * WARPGROUP, g.registers = at_start;
+  }
 }
 
+static u32 number_of(const Thread& self) {
+  return self.rank * (block_threads / WARPGROUP) + self.id % block_threads / WARPGROUP;
+}
+static u32 place_of(const Thread& self) { return self.id % block_threads % WARPGROUP; }
+
 static Warpgroup& warpgroup_of(Thread& self, int site) {
-  if (self.id / WARPGROUP >= warpgroups.size()) {
+  if (self.id % block_threads / WARPGROUP >= block_threads / WARPGROUP) {
     report("divergence", site, &self, "a warpgroup is four warps, from a multiple of four on; this one has fewer");
     abort_launch();
   }
-  Warpgroup& g = warpgroups[self.id / WARPGROUP];
+  Warpgroup& g = warpgroups[number_of(self)];
   if (g.arrived && g.site != site) {
     report("divergence", site, &self, "threads of one warpgroup execute different instructions together");
     abort_launch();
@@ -128,8 +140,7 @@ static bool gather(int site, Warpgroup& g) {
 
 static void release(Thread& self, Warpgroup& g) {
   g.arrived = 0;
-  const u32 first = self.id / WARPGROUP * WARPGROUP;
-  for (u32 i = first; i < first + WARPGROUP; i++)
+  for (u32 i = g.first; i < g.first + WARPGROUP; i++)
     if (i != self.id) wake(i);
 }
 
@@ -140,7 +151,7 @@ static void read_matrix(const Product& p, u64 descriptor, bool transposed, bool 
   const Matrix matrix(descriptor, transposed);
   for (u32 line = 0; line < matrix.lines(rows, depth); line++)
     for (u32 piece = 0; piece < matrix.pieces(rows, bytes); piece++) {
-      const u8* from = shared_memory + matrix.address(line, piece);
+      const u8* from = p.memory + matrix.address(line, piece);
       for (u32 i = 0; i < in_piece; i++) {
         const u32 other = piece * in_piece + i, row = transposed ? other : line, k = transposed ? line : other;
         const f32 v = value_of(p.form.element, from, i);
@@ -182,9 +193,8 @@ static void make(const Product& p, u32 first) {
 }
 
 static void make_until(Warpgroup& g, u32 number) {
-  const u32 first = u32(&g - warpgroups.data()) * WARPGROUP;
   for (; !g.under_way.empty() && g.under_way.front().number <= number; g.under_way.pop_front())
-    make(g.under_way.front(), first);
+    make(g.under_way.front(), g.first);
 }
 
 bool advance_product() {
@@ -203,10 +213,10 @@ bool advance_product() {
 static Actor products_of(Thread& self, u32 number) {
   if (!TRACE) return actor_of(self);
   static std::vector<u32> seen;
-  const u32 group = self.id / WARPGROUP, *clock = clock_of(group * WARPGROUP);
+  const u32 group = number_of(self), first = warpgroups[group].first, *clock = clock_of(first);
   seen.assign(clock, clock + clock_size);
   for (u32 t = 1; t < WARPGROUP; t++) {
-    clock = clock_of(group * WARPGROUP + t);
+    clock = clock_of(first + t);
     for (u32 i = 0; i < clock_size; i++) seen[i] = std::min(seen[i], clock[i]);
   }
   return {&self, seen.data(), engine(PRODUCTS, group), number, true};
@@ -226,12 +236,13 @@ void multiply(Thread& self, int site, const Multiply& form, const u32* a, u64 de
   Warpgroup& g = warpgroup_of(self, site);
   Waiter& mine = waiters[self.id];
   if (!g.arrived) {
-    g.next = {form, site, a != nullptr, adds, descriptor_a, descriptor_b, ++g.issued, std::vector<Input>(WARPGROUP)};
+    g.next = {form, site, a != nullptr, adds, descriptor_a, descriptor_b, ++g.issued, self.shared, {}};
+    g.next.in.resize(WARPGROUP);
   } else if (g.next.a != descriptor_a || g.next.b != descriptor_b || g.next.adds != adds) {
     report("divergence", site, &self, "threads of one warpgroup give different descriptors, or only some add");
     abort_launch();
   }
-  Input& in = g.next.in[self.id % WARPGROUP];
+  Input& in = g.next.in[place_of(self)];
   for (u32 i = 0; a && i < 4; i++) in.a[i] = settled(self, site, a[i]);
   for (u32 j = 0; j < form.columns / 2; j++) {
     const u32 place = j << 16 | form.columns;
@@ -266,19 +277,19 @@ void wait_products(Thread& self, u32 groups_left, u32* const* registers, u32 cou
   mine.over = mine.groups[over - 1];
   mine.groups.erase(mine.groups.begin(), mine.groups.begin() + over);
   if (!mine.over) return;
-  make_until(warpgroups[self.id / WARPGROUP], mine.over);
+  make_until(warpgroups[number_of(self)], mine.over);
   for (u32 i = 0; i < count; i++) {
     const u32 entry = *registers[i] - TOKEN;
     if (is_token(*registers[i]) && entry < mine.sums.size() && mine.sums[entry].product <= mine.over)
       *registers[i] = std::bit_cast<u32>(mine.sums[entry].value);
   }
   if (mine.over == mine.issued) mine.sums.clear();
-  if (TRACE) clock_of(self.id)[engine(PRODUCTS, self.id / WARPGROUP)] = mine.over;
+  if (TRACE) clock_of(self.id)[engine(PRODUCTS, number_of(self))] = mine.over;
 }
 
 void leave_products(Thread& self) {
   if (self.id < waiters.size() && waiters[self.id].issued > waiters[self.id].over)
-    report("pending", warpgroups[self.id / WARPGROUP].site, &self, "the thread exits before it has waited for products");
+    report("pending", warpgroups[number_of(self)].site, &self, "the thread exits before it has waited for products");
 }
 
 void read_token(Thread& self, int site) {
@@ -290,8 +301,8 @@ void read_token(Thread& self, int site) {
 static void grant() {
   for (Warpgroup& g : warpgroups) {
     const u32 needed = g.wanted > g.registers ? (g.wanted - g.registers) * WARPGROUP : 0;
-    if (!needed || needed > free_registers) continue;
-    free_registers -= needed;
+    if (!needed || needed > free_registers[g.rank]) continue;
+    free_registers[g.rank] -= needed;
     g.registers = g.wanted;
     wake(g.last);
   }
@@ -304,14 +315,15 @@ void change_registers(Thread& self, int site, u32 count, bool more) {
   }
   Warpgroup& g = warpgroup_of(self, site);
   if (!g.registers)
-    return report("registers", site, &self, "without launch bounds, threads and blocks, the compiler ignores setmaxnreg");
+    return report("registers", site, &self,
+                  "without launch bounds, threads and blocks, the compiler ignores setmaxnreg");
   if (!gather(site, g)) return;
   if (more ? count < g.registers : count > g.registers) {
     report("registers", site, &self, "setmaxnreg.%s to %u, from %u", more ? "inc" : "dec", count, g.registers);
     abort_launch();
   }
   g.wanted = count, g.last = self.id;
-  if (count <= g.registers) free_registers += (g.registers - count) * WARPGROUP, g.registers = count;
+  if (count <= g.registers) free_registers[g.rank] += (g.registers - count) * WARPGROUP, g.registers = count;
   grant();
   if (g.registers != count) wait(AT_REGISTERS, site);
   release(self, g);

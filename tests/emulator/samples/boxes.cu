@@ -1,6 +1,6 @@
 // boxes.cu -- a box of a tensor of 1 to 5 axes into shared memory, its bytes as they lie there, and out again.
 //
-//   out = the box of `from` at `load`, `bytes` of it, as it lies in shared memory `skipped` bytes after a multiple of 1024
+//   out = the box of `from` at `load`, `bytes` of it, as it lies in shared memory, `skipped` bytes after its beginning
 //   the box of `to` at `store` = the same, as the other map has it
 
 #include "sm90.cuh"

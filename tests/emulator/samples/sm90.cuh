@@ -31,12 +31,36 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
                ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
+// ---- clusters ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// At the barrier that stands at this place in another block.
+__device__ __forceinline__ void arrive_at(u64* barrier, u32 rank) {
+  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+               ::"r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+
 // ---- the copy engine --------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_box(void* to, const Map* map, int c0, int c1, u64* barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                "[%0], [%1, {%3, %4}], [%2];"
                ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1) : "memory");
+}
+// To this place in every block whose bit is set, counting on the barrier there.
+__device__ __forceinline__ void load_box_to(u16 blocks, void* to, const Map* map, int c0, int c1, u64* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4}], [%2], %5;"
+               ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
+               : "memory");
 }
 __device__ __forceinline__ void store_box(const Map* map, int c0, int c1, const void* from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
@@ -79,4 +103,15 @@ __device__ __forceinline__ void multiply(float (&acc)[32], u64 a, u64 b) {
                  "+f"(acc[20]), "+f"(acc[21]), "+f"(acc[22]), "+f"(acc[23]), "+f"(acc[24]), "+f"(acc[25]),
                  "+f"(acc[26]), "+f"(acc[27]), "+f"(acc[28]), "+f"(acc[29]), "+f"(acc[30]), "+f"(acc[31])
                : "l"(a), "l"(b), "n"(ADDS));
+}
+
+// ---- registers --------------------------------------------------------------------------------------------------
+
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }

@@ -4,7 +4,8 @@
 //   y[m,n] = sum over k of  a[m,k] * b[n,k]     a [M,K]   b [N,K]   y [M,N], float32; rows and columns outside are zero
 //
 // Maps:  a, b  boxes of 64 x 64 under the 128-byte swizzle     y  boxes of 64 x 64 without one
-// Work split:  a block computes 64 rows of y, 64 columns at a time. Threads 0 to 127 multiply, thread 128 asks for boxes.
+// Work split:  a block computes 64 rows of y, 64 columns at a time; threads 0 to 127 multiply, thread 128 asks for
+//              boxes.
 // Shared memory:  as, bs [STAGES][64][64]   ys [64][64]   full, empty [STAGES]
 
 #include "sm90.cuh"
@@ -23,8 +24,9 @@ constexpr int KEPT = 0;
 constexpr int KEPT = UNDER_WAY;
 #endif
 
-extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_constant__ Map a, const __grid_constant__ Map b,
-                                                             const __grid_constant__ Map y, int N, int K) {
+extern "C" __global__ void __launch_bounds__(160)
+    wgmma_tile(const __grid_constant__ Map a, const __grid_constant__ Map b, const __grid_constant__ Map y, int N,
+               int K) {
   __shared__ alignas(1024) u16 as[STAGES][TILE * TILE];
   __shared__ alignas(1024) u16 bs[STAGES][TILE * TILE];
   __shared__ alignas(128) float ys[TILE][TILE];
@@ -80,10 +82,12 @@ extern "C" __global__ void __launch_bounds__(160) wgmma_tile(const __grid_consta
           const u32 skipped = k * 32;
 #endif
 #ifdef BUG_DESCRIPTOR
-          multiply<1>(acc, descriptor(shared_address(as[s]) + skipped, 512), descriptor(shared_address(bs[s]) + skipped));
+          const u32 stride = 512;
 #else
-          multiply<1>(acc, descriptor(shared_address(as[s]) + skipped), descriptor(shared_address(bs[s]) + skipped));
+          const u32 stride = 1024;
 #endif
+          const u32 at_a = shared_address(as[s]) + skipped, at_b = shared_address(bs[s]) + skipped;
+          multiply<1>(acc, descriptor(at_a, stride), descriptor(at_b));
         }
 #ifndef BUG_COMMIT
         commit_products();
