@@ -118,7 +118,7 @@ def run_tile(dtype, tile, rank):
 
 @in_the_emulator
 @pytest.mark.parametrize(
-    "dtype, rank, tile", [("bfloat16", 1, wgmma.TILES[-1]), ("float16", 2, wgmma.TILES[2])], ids=name
+    "dtype, rank, tile", [("bfloat16", 1, wgmma.TILES[-1]), ("float16", 2, (128, 128, 64, 128))], ids=name
 )
 def test_two_tiles(dtype, rank, tile):
     run_tile(dtype, tile, rank)
@@ -263,7 +263,8 @@ PLANTS = {
         sequence, {WRONG}),
     "channels of the first group": ("from[0] = tile.g * p.channels", "from[0] = 0", two_groups, {WRONG}),
     "filters of the first group": ("w_from[0] = tile.g * p.group_columns", "w_from[0] = 0", two_groups, {WRONG}),
-    "filters of the next group": ("inside[r] && n < p.columns", "inside[r]", two_groups, {"race"}),
+    "filters of the next group": ("n0 + GN - q : p.columns;", "n0 + GN - q : p.columns + 8;", two_groups, {"race"}),
+    "columns that no warpgroup has": ("GN - q < 64 && ", "false && ", bands, {"race"}),
     "items behind the last": (" && tile.b0 + item < p.batch", "", few_positions, {"bounds"}),
     "positions behind the last": ("inside[r] = inside[r] && at[a] < p.out[a];", "", sequence, {"race"}),
     "rows 8 too far apart": (
@@ -280,7 +281,11 @@ PLANTS = {
         sequence, {WRONG}),
     "a tile twice": ("tile -= first * p.tiles_m;", "", bands, {WRONG}),
 }  # fmt: skip
-OF_128_COLUMNS = {"columns too close", "y over what is still read"}
+OTHER_TILES = {
+    "columns too close": (128, 128, 64, 128),
+    "y over what is still read": (128, 128, 64, 128),
+    "columns that no warpgroup has": (256, 96, 128, 96),
+}
 DEFAULT = {"a stage given back too early", "fewer bytes than come", "dilation forgotten", "rows that nobody fills"}
 
 
@@ -290,7 +295,7 @@ DEFAULT = {"a stage given back too early", "fewer bytes than come", "dilation fo
 )
 def test_planted_bug_is_caught(name):
     right, wrong, run, caught = PLANTS[name]
-    with planted("conv_wgmma.cu", right, wrong), only(wgmma.TILES[2] if name in OF_128_COLUMNS else SMALL):
+    with planted("conv_wgmma.cu", right, wrong), only(OTHER_TILES.get(name, SMALL)):
         found = what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=5.0))
     assert caught <= found, found
 
