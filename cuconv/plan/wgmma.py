@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,18 +90,24 @@ def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], 
     """The box of at most `rows` positions of which the fewest cover all; of those, the longest on the last axis."""
     best: Box | None = None
     choices = [_sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)]
-    for sizes in itertools.product(*reversed(choices)):
-        room = rows // math.prod(sizes)
-        if not room:
-            continue
-        items = _balanced(batch, min(room, MAP_BOX))
-        sizes = sizes[::-1]
+    for sizes in _within(choices, rows):
+        items = _balanced(batch, min(rows // math.prod(sizes), MAP_BOX))
         tiles = -(-batch // items) * math.prod(-(-n // size) for n, size in zip(out_size, sizes, strict=True))
         if best is None or tiles < best.tiles:
             best = Box(items, sizes, tiles)
     if best is None:
         raise PlanError(f"warpgroups: no box for strides {strides}")
     return best
+
+
+def _within(choices: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, ...]]:
+    """One of each of `choices`, their product at most `rows`; those that are first on the last axis come first."""
+    if not choices:
+        yield ()
+        return
+    for last in choices[-1]:
+        if last <= rows:
+            yield from ((*sizes, last) for sizes in _within(choices[:-1], rows // last))
 
 
 def _sizes(count: int, most: int) -> list[int]:
