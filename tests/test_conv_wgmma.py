@@ -23,6 +23,7 @@ from test_conv_kernels import Case, around, last_blocks, name
 from test_static_gates import compiled
 
 from cuconv.cuda import conv as launching
+from cuconv.cuda.runtime import CudaRuntime, current, probe
 from cuconv.geometry import conv_shape
 from cuconv.plan import conv as planning
 from cuconv.plan import transpose, wgmma
@@ -99,16 +100,18 @@ def gradients(tile, rank):
     yield *shapes(1, around(rank, bm), 16, (2,) * rank, 8), {"strides": 2, "dilation_rate": 3, "padding": "same"}
 
 
-def run_tile(dtype, tile, rank):
+def run_tile(dtype, tile, rank, make_runtime=trace):
     with only(tile):
         for number, (x_shape, w_shape, options) in enumerate((*cases(tile, rank), *gradients(tile, rank))):
-            runtime, forward = trace(seed=number + 1), number < len([*cases(tile, rank)])
+            runtime, forward = make_runtime(seed=number + 1), number < len([*cases(tile, rank)])
             case = Case(x_shape, w_shape, dtype, seed=number, **options)
             try:
                 case.check_forward(runtime) if forward else case.check_input_grad(runtime)
             except (AssertionError, emulator.EmulationError) as error:
-                error.add_note(f"x {x_shape}, w {w_shape}, {options}; {runtime.launches[-1:]}")
+                error.add_note(f"x {x_shape}, w {w_shape}, {options}; {getattr(runtime, 'launches', ())[-1:]}")
                 raise
+            if isinstance(runtime, CudaRuntime):
+                continue
             assert {plan.kernel for plan in runtime.launches} - {"pack_weights"} == {"conv_wgmma"}
             assert all(plan.tile.startswith(name(tile[:2])) for plan in runtime.launches if plan.maps)
 
@@ -132,6 +135,17 @@ def test_every_tile(number):
     dtype = ("float16", "bfloat16")[number % 2]
     for rank in {(number + 2) % 3 + 1, 3} if number == 5 else {(number + 2) % 3 + 1}:
         run_tile(dtype, wgmma.TILES[number], rank)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not probe().usable, reason=probe().reason)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=name)
+def test_every_tile_on_a_gpu(tile, rank, dtype):
+    if current().limits.capability != wgmma.ONLY:
+        pytest.skip(f"wgmma is of compute capability 9.0. Received: {current().limits.name}")
+    run_tile(dtype, tile, rank, lambda seed: current())
 
 
 # --- What tiles do not show --------------------------------------------------------------------------------------
