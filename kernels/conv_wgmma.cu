@@ -7,7 +7,7 @@
 // Test   tests/test_conv_wgmma.py
 //
 // The rows of a tile are the positions of a box, `box` of them on each axis and of `items` batch items; its columns are
-// BN filters. A step of its sum is one tap and 64 channels, for which x is the same box elsewhere: the copy engine
+// BN filters. A step of its sum is one tap and BK channels, for which x is the same box elsewhere: the copy engine
 // brings it, at any stride, and zeros for what lies outside of x on any axis. 16-bit elements. UPSAMPLED as in
 // conv_simt.cu.
 //
@@ -17,8 +17,7 @@
 //   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache
 //   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
 //
-// Shared memory, STAGES of one step each:  xs [BM][64]   ws [BN / 64, rounded up][64 k][64 n], rows of
-//   128 bytes, swizzled;
+// Shared memory, STAGES of one step each:  xs [BM][BK]   ws [BN / 64, rounded up][BK][64], swizzled within their rows;
 //   then 16 rows of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again.
 //   Rows of xs that no box fills, for want of positions, stay zero.
 
@@ -26,12 +25,12 @@
 
 // Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   STAGES ACTIVATION
 constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int ROW_BYTES = BK * sizeof(E);
-static_assert(ROW_BYTES == 128, "a row is what the swizzle spans");
+constexpr int ROW_BYTES = BK * sizeof(E), W_ROW_BYTES = 64 * sizeof(E);
+static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "a row is what a swizzle spans");
 constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
 static_assert(CONSUMERS == 2 && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
 constexpr int TM = GM / 64;                             // products of a warpgroup at one k
-constexpr int SLICE_BYTES = BK * ROW_BYTES;             // 64 columns of ws
+constexpr int SLICE_BYTES = BK * W_ROW_BYTES;           // 64 columns of ws
 constexpr int SLICES = ceil_div(BN, 64);
 static_assert(GROUPS_N == 1 || GN % 64 == 0, "a slice belongs to one warpgroup");
 constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = SLICES * SLICE_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
@@ -94,8 +93,10 @@ struct Ring {
 
 // What a descriptor says besides the address, in units of 16 bytes: the swizzle, from 8 rows to the next 8, and of w from
 // 64 columns to the next 64.
-constexpr unsigned long long X_LAYOUT = 1ull << 62 | (8 * ROW_BYTES / 16ull) << 32 | 1ull << 16;
-constexpr unsigned long long W_LAYOUT = 1ull << 62 | (8 * ROW_BYTES / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
+constexpr unsigned long long SWIZZLE_128 = 1ull << 62, SWIZZLE_64 = 2ull << 62;
+constexpr unsigned long long X_SWIZZLE = ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64;
+constexpr unsigned long long X_LAYOUT = X_SWIZZLE | (8 * ROW_BYTES / 16ull) << 32 | 1ull << 16;
+constexpr unsigned long long W_LAYOUT = SWIZZLE_128 | (8 * W_ROW_BYTES / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
 
 __device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w, half_t) {
   ptx::multiply_tiles_half<GN>(acc, x, w);
@@ -154,7 +155,7 @@ __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Warpgro
     for (int k = 0; k < BK; k += 16)
 #pragma unroll
       for (int i = 0; i < TM; ++i)
-        multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * ROW_BYTES / 16, E{});
+        multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_ROW_BYTES / 16, E{});
     ptx::products_commit();
     ptx::products_wait<1>(acc);
     if (step > 0 && lane == 0) ptx::barrier_arrive(before);

@@ -35,13 +35,15 @@ in_the_emulator = pytest.mark.skipif(emulator.missing() is not None, reason=str(
 # So few blocks that each has several tiles, and both ends of a band.
 LIMITS = replace(DEVICES["H200"], multiprocessors=3)
 ALIGNED = (0, 0, 0)
+SMALL = wgmma.TILES[-1]
 
 
 @contextmanager
-def only(tile):
+def only(tile, bk=64):
     """Plans are conv_wgmma's wherever it computes this, and find no other tile."""
     with (
         mock.patch.object(wgmma, "TILES", (tile,)),
+        mock.patch.object(wgmma, "STEPS", (bk,)),
         mock.patch.object(planning, "WARPGROUP_FACTOR", math.inf),
         mock.patch.object(planning, "plan_narrow", side_effect=PlanError("only that tile")),
     ):
@@ -64,7 +66,7 @@ def trace(seed=1, limits=LIMITS):
     return EmulatedRuntime(limits, mode="trace", seed=seed)
 
 
-def cases(tile, rank):
+def cases(tile, rank, bk=64):
     """(x_shape, w_shape, options) that meet every edge of `tile`."""
     bm, bn, *_ = tile
 
@@ -79,7 +81,7 @@ def cases(tile, rank):
     # Each axis at a stride of its own.
     yield *shapes(2, around(rank, 2 * bm + 3), 8, taps, 8), {"padding": "same", "strides": (3, 2, 5)[:rank]}
     # Dilation, and groups whose filters end inside a tile.
-    yield *shapes(1, around(rank, bm - 3), 128, taps, 48, 2), {"padding": "same", "groups": 2, "dilation_rate": 2}
+    yield *shapes(1, around(rank, bm - 3), 2 * bk, taps, 48, 2), {"padding": "same", "groups": 2, "dilation_rate": 2}
     # One position, whose other taps are padding.
     yield *shapes(3, (1,) * rank, 16, taps, 16), {"padding": "same"}
     if rank == 1:
@@ -87,7 +89,7 @@ def cases(tile, rank):
         yield *shapes(2, (11,), 8, (2,), 8), {"padding": (3, 4), "strides": 8}
 
 
-def gradients(tile, rank):
+def gradients(tile, rank, bk=64):
     """The same for input gradients: phases in the columns, phases apart, groups of which w is in pieces."""
     bm, bn, *_ = tile
 
@@ -96,14 +98,15 @@ def gradients(tile, rank):
 
     yield *shapes(2, around(rank, bm + 5), bn + 8, {1: (3,), 2: (2, 3), 3: (2, 1, 2)}[rank], 72), {"padding": "same"}
     merged = {"padding": "same", "groups": 2, "strides": (3, 2, 1)[:rank]}
-    yield *shapes(3, around(rank, bm), 48, {1: (5,), 2: (3, 2), 3: (2, 2, 1)}[rank], 128, 2), merged
+    yield *shapes(3, around(rank, bm), 48, {1: (5,), 2: (3, 2), 3: (2, 2, 1)}[rank], 2 * bk, 2), merged
     yield *shapes(1, around(rank, bm), 16, (2,) * rank, 8), {"strides": 2, "dilation_rate": 3, "padding": "same"}
 
 
-def run_tile(dtype, tile, rank, make_runtime=trace):
-    with only(tile):
-        for number, (x_shape, w_shape, options) in enumerate((*cases(tile, rank), *gradients(tile, rank))):
-            runtime, forward = make_runtime(seed=number + 1), number < len([*cases(tile, rank)])
+def run_tile(dtype, tile, rank, bk=64, make_runtime=trace):
+    forwards = [*cases(tile, rank, bk)]
+    with only(tile, bk):
+        for number, (x_shape, w_shape, options) in enumerate((*forwards, *gradients(tile, rank, bk))):
+            runtime, forward = make_runtime(seed=number + 1), number < len(forwards)
             case = Case(x_shape, w_shape, dtype, seed=number, **options)
             try:
                 case.check_forward(runtime) if forward else case.check_input_grad(runtime)
@@ -137,6 +140,19 @@ def test_every_tile(number):
         run_tile(dtype, wgmma.TILES[number], rank)
 
 
+@in_the_emulator
+@pytest.mark.parametrize(
+    "tile, rank",
+    [
+        (SMALL, 1),
+        *(pytest.param(each, 3, marks=pytest.mark.exhaustive) for each in ((256, 96, 128, 96), (64, 256, 64, 128))),
+    ],
+    ids=name,
+)
+def test_steps_of_32_channels(tile, rank):
+    run_tile("bfloat16", tile, rank, bk=32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not probe().usable, reason=probe().reason)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -145,12 +161,10 @@ def test_every_tile(number):
 def test_every_tile_on_a_gpu(tile, rank, dtype):
     if current().limits.capability != wgmma.ONLY:
         pytest.skip(f"wgmma is of compute capability 9.0. Received: {current().limits.name}")
-    run_tile(dtype, tile, rank, lambda seed: current())
+    run_tile(dtype, tile, rank, make_runtime=lambda seed: current())
 
 
 # --- What tiles do not show --------------------------------------------------------------------------------------
-
-SMALL = wgmma.TILES[-1]
 
 
 @in_the_emulator
@@ -282,10 +296,10 @@ PLANTS = {
     "items behind the last": (" && tile.b0 + item < p.batch", "", few_positions, {"bounds"}),
     "positions behind the last": ("inside[r] = inside[r] && at[a] < p.out[a];", "", sequence, {"race"}),
     "rows 8 too far apart": (
-        "X_LAYOUT = 1ull << 62 | (8 * ROW_BYTES", "X_LAYOUT = 1ull << 62 | (16 * ROW_BYTES",
+        "X_SWIZZLE | (8 * ROW_BYTES", "X_SWIZZLE | (16 * ROW_BYTES",
         sequence, {WRONG}),
     "columns too close": ("(SLICE_BYTES / 16ull) << 16", "(SLICE_BYTES / 32ull) << 16", bands, {WRONG}),
-    "the k of the step before": ("w + k * ROW_BYTES / 16", "w + k / 2 * ROW_BYTES / 16", sequence, {WRONG}),
+    "the k of the step before": ("w + k * W_ROW_BYTES / 16", "w + k / 2 * W_ROW_BYTES / 16", sequence, {WRONG}),
     "y before it is there": (
         "          __syncwarp();\n          const Index n", "          const Index n",
         sequence, {"race"}),
@@ -370,7 +384,7 @@ VOLUME = conv_shape((2, 12, 30, 50, 64), (3, 3, 3, 64, 48), padding="same", stri
 def test_boxes_cover_all_positions(shape, tile):
     with mock.patch.object(wgmma, "TILES", (tile,)):
         plan = plan_of(shape)
-    x_map, w_map = plan.maps
+    (x_map, w_map), bk = plan.maps, dict(plan.constants)["BK"]
     tiles, tiles_m, tiles_n, band, groups, channels, columns, _, _, taps, steps, batch, items, rows, *sizes = (
         plan.integers
     )
@@ -379,8 +393,8 @@ def test_boxes_cover_all_positions(shape, tile):
     assert tiles_n == -(-columns // tile[1]) and 1 <= band <= tiles_n
     assert rows == items * prod(box) <= tile[0] and max(x_map.box) <= MAP_BOX
     assert all(n <= size * count < n + size for n, size, count in zip(out, box, boxes))
-    assert x_map.box_bytes == rows * 128 and w_map.box_bytes == 64 * 128 and not x_map.problem() + w_map.problem()
-    assert steps == taps * -(-channels // 64) and plan.grid == (min(tiles, 132), 1, 1)
+    assert x_map.box_bytes == rows * bk * 2 and w_map.box_bytes == bk * 128 and not x_map.problem() + w_map.problem()
+    assert steps == taps * -(-channels // bk) and plan.grid == (min(tiles, 132), 1, 1)
     assert plan.shared_bytes <= DEVICES["H200"].shared_bytes
     assert 0 < plan.cost.least_flops <= plan.cost.flops and plan.cost.bound
 
@@ -398,7 +412,7 @@ REFUSED = {
     "channels_first": ((2, 64, 50), (3, 64, 64), {"data_format": "channels_first"}, "float16", ALIGNED, "H200", "last"),
     "odd channels": ((2, 50, 60), (3, 60, 64), {}, "float16", ALIGNED, "H200", "60 channels and 64 filters"),
     "odd filters": ((2, 50, 64), (3, 64, 66), {}, "float16", ALIGNED, "H200", "64 channels and 66 filters"),
-    "small groups": ((2, 50, 64), (3, 32, 64), {"groups": 2}, "float16", ALIGNED, "H200", "a group of 32"),
+    "small groups": ((2, 50, 32), (3, 16, 64), {"groups": 2}, "float16", ALIGNED, "H200", "a group of 16"),
     "anywhere in memory": ((2, 50, 64), (3, 64, 64), {}, "float16", (0, 4, 0), "H200", "16-byte boundary"),
     "long strides": ((2, 50, 64), (3, 64, 64), {"strides": 9}, "float16", ALIGNED, "H200", "strides up to 8"),
     "far away": ((2**31, 4, 64), (1, 64, 64), {}, "float16", ALIGNED, "H200", "32 bits"),

@@ -55,9 +55,8 @@ TILES: tuple[tuple[int, int, int, int], ...] = (
     (256, 32, 128, 32),
     (128, 64, 64, 64),
 )
-SLICE = 64  # columns that a row of w has in shared memory
-BK = 64  # channels of a step
-ROW_BYTES = 128  # of a step, and what the swizzle spans
+STEPS = (64, 32)  # channels of a step; the second where fewer are zeros then
+SLICE, SLICE_BYTES = 64, 128  # columns that a row of w has in shared memory, and what they take
 THREADS = 384  # two warpgroups that multiply, one that asks for copies
 REGISTERS = 168  # of a thread at first
 MOST_STAGES = 6
@@ -67,6 +66,7 @@ BARRIER_BYTES = 2 * 8  # of a stage
 RATE_SHARE = 0.8  # of the tensor cores' rate, that large products reach
 SHARED_BYTES_A_CYCLE = 128
 CYCLES_A_SUM = 0.03  # of a multiprocessor, from sums to y
+LEAST_CYCLES = 150  # of a step: barriers and descriptors
 START_STEPS = 2  # of a block, until the first copies have arrived
 SIZES = 8  # of a box on a long axis that are looked at
 
@@ -131,7 +131,9 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     """
     element = ELEMENTS[dtype]
     require(form, element, aligned, limits)
-    found = [_candidate(form, dtype, activation, limits, *sizes) for sizes in TILES]
+    channels = form.shape.in_channels // form.shape.groups
+    steps = [bk for bk in STEPS if bk == STEPS[0] or -channels % bk < -channels % STEPS[0]]
+    found = [_candidate(form, dtype, activation, limits, *sizes, bk) for sizes in TILES for bk in steps]
     plans = [plan for plan in found if isinstance(plan, LaunchPlan)]
     if not plans:
         raise PlanError("; ".join(map(str, found)))
@@ -163,8 +165,10 @@ def require(form: Form, element: Element, aligned: tuple[int, ...], limits: Devi
         raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of 8")
     if not form.depth:
         raise PlanError("warpgroups: there are no products")
-    if shape.groups > 1 and channels % BK:
-        raise PlanError(f"warpgroups: {BK} channels are copied at once, and a group of {channels} is no multiple")
+    if shape.groups > 1 and channels % STEPS[-1]:
+        raise PlanError(
+            f"warpgroups: {STEPS[-1]} channels are copied at once, and a group of {channels} is no multiple"
+        )
     if any(aligned):
         raise PlanError("warpgroups: an array does not begin on a 16-byte boundary")
     if max(shape.strides) > MAP_STEP:
@@ -179,27 +183,29 @@ def _filters(form: Form) -> int:
 
 
 def _candidate(
-    form: Form, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int
+    form: Form, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int, bk: int
 ) -> LaunchPlan | str:
     """The plan with one tile, or why it cannot be taken."""
     shape, element, columns = form.shape, ELEMENTS[dtype], form.columns
-    name = f"warpgroups, tile {bm}x{bn}x{BK}"
+    name = f"warpgroups, tile {bm}x{bn}x{bk}"
     channels = shape.in_channels // shape.groups
+    if shape.groups > 1 and channels % bk:
+        return f"{name}: a group has {channels} channels"
     taps = math.prod(shape.kernel_size)
-    stage = (bm + -(-bn // SLICE) * SLICE) * ROW_BYTES
+    stage = (bm + -(-bn // SLICE) * SLICE) * bk * element.bytes
     stages = min(MOST_STAGES, (limits.shared_bytes - RESULT_BYTES) // (stage + BARRIER_BYTES))
     if stages < 2:
         return f"{name}: {limits.name} has no shared memory for two stages"
     shared_bytes = stages * (stage + BARRIER_BYTES) + RESULT_BYTES
 
     box = choose_box(shape.batch, shape.out_size, shape.strides, bm)
-    maps = (_map_of_x(shape, dtype, box), _map_of_w(form, dtype))
+    maps = (_map_of_x(shape, dtype, box, bk), _map_of_w(form, dtype, bk))
     for each in maps:
         if problem := each.problem():
             return f"{name}: no tensor map, {problem}"
     tiles_n = -(-columns // bn)
     tiles = box.tiles * tiles_n * shape.groups
-    steps = taps * -(-channels // BK)
+    steps = taps * -(-channels // bk)
     blocks = min(tiles, limits.multiprocessors)
     # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
     band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
@@ -208,8 +214,8 @@ def _candidate(
     width = index_bytes(2 * y_size, tiles + blocks, steps)
     x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
     least_bytes = (x_size + form.depth * columns * shape.groups + y_size) * element.bytes
-    work = 2 * bm * bn * BK * steps * tiles, 2 * form.products
-    cost = _cost(limits, (bm, bn, gm, gn), box.rows, tiles, steps, work, least_bytes)
+    work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
+    cost = _cost(limits, (bm, bn, gm, gn, bk), box.rows, tiles, steps, work, least_bytes)
     return LaunchPlan(
         kernel="conv_wgmma",
         constants=(
@@ -221,7 +227,7 @@ def _candidate(
             ("ACTIVATION", ACTIVATION_CODES[activation]),
             ("BM", bm),
             ("BN", bn),
-            ("BK", BK),
+            ("BK", bk),
             ("GM", gm),
             ("GN", gn),
             ("STAGES", stages),
@@ -246,29 +252,29 @@ def _candidate(
         shared_bytes=shared_bytes,
         dynamic_shared_bytes=shared_bytes,
         registers=REGISTERS,
-        reason=_reason(bm, bn, stages, box, tiles, cost, limits),
+        reason=_reason((bm, bn, bk), stages, box, tiles, cost, limits),
         cost=cost,
         maps=maps,
     )
 
 
-def _map_of_x(shape: ConvShape, dtype: str, box: Box) -> TensorMap:
-    """Of boxes of 64 channels at the inputs that the positions of `box` read for one tap."""
+def _map_of_x(shape: ConvShape, dtype: str, box: Box, bk: int) -> TensorMap:
+    """Of boxes of `bk` channels at the inputs that the positions of `box` read for one tap."""
     sizes = (shape.in_channels, *reversed(shape.in_size), shape.batch)
     strides = tuple(ELEMENTS[dtype].bytes * each for each in itertools.accumulate(sizes[:-1], int.__mul__))
     steps = (1, *reversed(shape.strides), 1)
-    spans = (BK, *reversed(box.sizes), box.items)
+    spans = (bk, *reversed(box.sizes), box.items)
     extents = tuple(span * step for span, step in zip(spans, steps, strict=True))
-    return TensorMap(0, dtype, sizes, strides, extents, steps, ROW_BYTES)
+    return TensorMap(0, dtype, sizes, strides, extents, steps, bk * ELEMENTS[dtype].bytes)
 
 
-def _map_of_w(form: Form, dtype: str) -> TensorMap:
-    """Of boxes of 64 columns and 64 channels of one tap; groups lie side by side, or behind each other."""
+def _map_of_w(form: Form, dtype: str, bk: int) -> TensorMap:
+    """Of boxes of 64 columns and `bk` channels of one tap; groups lie side by side, or behind each other."""
     shape = form.shape
     channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
     row = form.w_pitch * ELEMENTS[dtype].bytes
     sizes = (form.w_pitch, channels, taps if form.w_group == form.columns else taps * shape.groups)
-    return TensorMap(1, dtype, sizes, (row, row * channels), (SLICE, BK, 1), (1, 1, 1), ROW_BYTES)
+    return TensorMap(1, dtype, sizes, (row, row * channels), (SLICE, bk, 1), (1, 1, 1), SLICE_BYTES)
 
 
 def _furthest(shape: ConvShape) -> int:
@@ -276,12 +282,14 @@ def _furthest(shape: ConvShape) -> int:
     taps = math.prod(shape.kernel_size)
     axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
     each = (2 * (out + MAP_BOX) * stride + k_eff + abs(pad) + size for out, stride, k_eff, pad, size in axes)
-    return int(max(*each, shape.in_channels + BK, shape.filters + MAP_BOX, shape.groups * taps, shape.batch + MAP_BOX))
+    return int(
+        max(*each, shape.in_channels + STEPS[0], shape.filters + MAP_BOX, shape.groups * taps, shape.batch + MAP_BOX)
+    )
 
 
 def _cost(
     limits: DeviceLimits,
-    sizes: tuple[int, int, int, int],
+    sizes: tuple[int, int, int, int, int],
     rows: int,
     tiles: int,
     steps: int,
@@ -289,15 +297,16 @@ def _cost(
     least_bytes: int,
 ) -> Cost:
     """The model above; `work`: operations done and needed."""
-    bm, bn, gm, gn = sizes
+    bm, bn, gm, gn, bk = sizes
+    row_bytes = 2 * bk
     clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
-    tensor = 2 * bm * bn * BK / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
-    copied = (rows + -(-bn // SLICE) * SLICE) * ROW_BYTES
+    tensor = 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
+    copied = (rows + -(-bn // SLICE) * SLICE) * row_bytes
     # A product of 64 rows reads them, and all columns of the warpgroup.
-    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * ROW_BYTES
+    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * row_bytes
     shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
     rounds = -(-tiles // limits.multiprocessors)
-    step = max(tensor, shared)
+    step = max(tensor, shared, LEAST_CYCLES / clock)
     busy = (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / clock
     moved = tiles * steps * copied
     times = {
@@ -308,11 +317,11 @@ def _cost(
     return slowest(*work, moved, least_bytes, times)
 
 
-def _reason(bm: int, bn: int, stages: int, box: Box, tiles: int, cost: Cost, limits: DeviceLimits) -> str:
+def _reason(tile: tuple[int, int, int], stages: int, box: Box, tiles: int, cost: Cost, limits: DeviceLimits) -> str:
     useful = 100 * cost.least_flops / max(1, cost.flops)
-    sizes = "x".join(map(str, box.sizes))
+    name, sizes = "x".join(map(str, tile)), "x".join(map(str, box.sizes))
     return (
-        f"warpgroups, tile {bm}x{bn}x{BK}, {stages} stages; boxes of {sizes} positions of {box.items} items; "
+        f"warpgroups, tile {name}, {stages} stages; boxes of {sizes} positions of {box.items} items; "
         f"{useful:.0f} % of its products count, {tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
     )
 
