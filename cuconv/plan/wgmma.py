@@ -68,6 +68,7 @@ SHARED_BYTES_A_CYCLE = 128
 CYCLES_A_SUM = 0.03  # of a multiprocessor, from sums to y
 LEAST_CYCLES = 150  # of a step: barriers and descriptors
 START_STEPS = 2  # of a block, until the first copies have arrived
+LITTLE_WASTE = 1.03  # rows of all tiles over positions: the copy engine takes long rows faster than short ones
 SIZES = 8  # of a box on a long axis that are looked at
 
 
@@ -87,7 +88,7 @@ class Box:
 
 @functools.lru_cache(maxsize=4096)
 def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Box:
-    """The box of at most `rows` positions of which the fewest cover all; of those, the longest on the last axis."""
+    """The box of at most `rows` positions that is longest on the last axis and wastes little, else wastes least."""
     best: Box | None = None
     choices = [_sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)]
     for sizes in _within(choices, rows):
@@ -95,6 +96,8 @@ def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], 
         tiles = -(-batch // items) * math.prod(-(-n // size) for n, size in zip(out_size, sizes, strict=True))
         if best is None or tiles < best.tiles:
             best = Box(items, sizes, tiles)
+            if tiles * rows <= LITTLE_WASTE * batch * math.prod(out_size):
+                break
     if best is None:
         raise PlanError(f"warpgroups: no box for strides {strides}")
     return best
