@@ -69,6 +69,10 @@ UNITS = {
     "DADD": (64, "fp64_rate"),
     "HMMA.16816": (4096, "fp16_rate"),
     "HMMA.1688.TF32": (2048, "tf32_rate"),
+    # Of a warp's quarter of a product.
+    "HGMMA.64x64x16": (32768, "fp16_rate"),
+    "HGMMA.64x128x16": (65536, "fp16_rate"),
+    "HGMMA.64x256x16": (131072, "fp16_rate"),
 }
 MIX = 6  # opcodes told of a main loop
 

@@ -67,7 +67,9 @@ class Step:
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON."""
         constants = {} if self.plan is None else dict(self.plan.constants)
-        return {**{name: value for name, value in vars(self).items() if name != "plan"}, "constants": constants}
+        maps = [] if self.plan is None else [asdict(each) for each in self.plan.maps]
+        told = {name: value for name, value in vars(self).items() if name != "plan"}
+        return {**told, "constants": constants, "maps": maps}
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,13 @@ struct Place {
 #endif
 };
 
-// Where results of a group go: y[b, p, f], or y[b, q*up + rho + shift, c].
+// Where results of a group go: y[b, p, f], or y[b, q*up + rho + shift, c]. P has what is read of Params.
+template <class P>
 struct Result {
-  const Params& p;
+  const P& p;
   Index group_filters, first_filter, filters, step_l, step_f;
 
-  __device__ __forceinline__ Result(const Params& p, Index g) : p(p) {
+  __device__ __forceinline__ Result(const P& p, Index g) : p(p) {
     group_filters = p.columns;
 #if UPSAMPLED
     group_filters /= volume(p.phases);

@@ -102,4 +102,146 @@ __device__ __forceinline__ void multiply_double(double (&d)[4], const double (&a
 #endif
 }
 
+// ---- barriers in shared memory (sm_90) ---------------------------------------------------------------------------
+
+// Before the first use: by one thread, then barriers_visible() by it, then __syncthreads().
+__device__ __forceinline__ void barrier_init(unsigned barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barriers_visible() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// One arrival, and `bytes` that the copy engine is to bring before the phase is over.
+__device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Waits for the end of a phase: 0 the first, 1 the second or, of a new barrier, the one before the first; and so on.
+__device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
+  unsigned over;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!over);
+}
+
+// ---- the copy engine (sm_90) -------------------------------------------------------------------------------------
+
+// A box of the tensor of `map` to shared memory, from an element on whose coordinates stand innermost first. Its bytes
+// count on `barrier`.
+template <int AXES>
+__device__ __forceinline__ void load_box(unsigned to, const void* map, unsigned barrier, const int (&at)[AXES]) {
+  static_assert(AXES >= 3 && AXES <= 5, "a box has 3 to 5 axes");
+  if constexpr (AXES == 3)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2])
+        : "memory");
+  else if constexpr (AXES == 4)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+        : "memory");
+}
+// What this thread has stored to shared memory, made visible to the copy engine and to products of a warpgroup.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- products of a warpgroup (sm_90a) ----------------------------------------------------------------------------
+// A warpgroup is four warps from a multiple of four on; all of it executes these.
+
+// Registers of a thread from here on: more, as soon as there are, or fewer.
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// Before a product whose sums other instructions have written.
+__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Closes a group of products.
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most PENDING groups are under way. Nobody reads or moves the sums `d` before.
+template <int PENDING, int ROWS, int SUMS>
+__device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < SUMS; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
+}
+
+// d += a b:  64 x 16 by 16 x N of 16-bit elements in shared memory, which their descriptors tell of. Rows of a lie along
+// memory, and so do rows of b. A thread has sums 4j ..: row lane / 4 of its warp's 16 at columns 8j + lane % 4 * 2 and the
+// next, then row lane / 4 + 8 at the same.
+#define CUCONV_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define CUCONV_SUMS_16(i) CUCONV_SUMS_4(i), CUCONV_SUMS_4(i + 4), CUCONV_SUMS_4(i + 8), CUCONV_SUMS_4(i + 12)
+#define CUCONV_SUMS_32 CUCONV_SUMS_16(0)
+#define CUCONV_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define CUCONV_NAMES_64 CUCONV_NAMES_32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CUCONV_SUMS_64 CUCONV_SUMS_32, CUCONV_SUMS_16(16)
+#define CUCONV_NAMES_96 CUCONV_NAMES_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define CUCONV_SUMS_96 CUCONV_SUMS_64, CUCONV_SUMS_16(32)
+#define CUCONV_NAMES_128 CUCONV_NAMES_96 \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CUCONV_SUMS_128 CUCONV_SUMS_96, CUCONV_SUMS_16(48)
+#define CUCONV_NAMES_160 CUCONV_NAMES_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define CUCONV_SUMS_160 CUCONV_SUMS_128, CUCONV_SUMS_16(64)
+#define CUCONV_NAMES_192 CUCONV_NAMES_160 \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define CUCONV_SUMS_192 CUCONV_SUMS_160, CUCONV_SUMS_16(80)
+#define CUCONV_NAMES_256 CUCONV_NAMES_192 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define CUCONV_SUMS_256 CUCONV_SUMS_192, CUCONV_SUMS_16(96), CUCONV_SUMS_16(112)
+#define CUCONV_MULTIPLY_TILES_OF(COLUMNS, TYPE, A, B)                                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_##COLUMNS      \
+               "}, %" #A ", %" #B ", 1, 1, 1, 0, 1;"                                                                  \
+               : CUCONV_SUMS_##COLUMNS                                                                                \
+               : "l"(a), "l"(b))
+#define CUCONV_MULTIPLY_TILES(TYPE)                                                                                   \
+  static_assert(N % 32 == 0 && N <= 256 && N != 224, "a product of a warpgroup has no such number of columns here");  \
+  if constexpr (N == 32)                                                                                              \
+    CUCONV_MULTIPLY_TILES_OF(32, TYPE, 16, 17);                                                                       \
+  else if constexpr (N == 64)                                                                                         \
+    CUCONV_MULTIPLY_TILES_OF(64, TYPE, 32, 33);                                                                       \
+  else if constexpr (N == 96)                                                                                         \
+    CUCONV_MULTIPLY_TILES_OF(96, TYPE, 48, 49);                                                                       \
+  else if constexpr (N == 128)                                                                                        \
+    CUCONV_MULTIPLY_TILES_OF(128, TYPE, 64, 65);                                                                      \
+  else if constexpr (N == 160)                                                                                        \
+    CUCONV_MULTIPLY_TILES_OF(160, TYPE, 80, 81);                                                                      \
+  else if constexpr (N == 192)                                                                                        \
+    CUCONV_MULTIPLY_TILES_OF(192, TYPE, 96, 97);                                                                      \
+  else                                                                                                                \
+    CUCONV_MULTIPLY_TILES_OF(256, TYPE, 128, 129)
+template <int N>
+__device__ __forceinline__ void multiply_tiles_half(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
+  CUCONV_MULTIPLY_TILES("f16");
+}
+template <int N>
+__device__ __forceinline__ void multiply_tiles_bfloat(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
+  CUCONV_MULTIPLY_TILES("bf16");
+}
+
 }  // namespace ptx

@@ -17,10 +17,22 @@ from typing import Any
 import emulator
 import numpy as np
 from emulator import Launch, Module, Structure, Traffic
+from emulator.tensor_map import encode
 
+from cuconv.cuda import runtime
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.plan.devices import DEVICES
-from cuconv.plan.types import MAX_GRID_X, MAX_GRID_YZ, MAX_THREADS, STATIC_SHARED_BYTES, DeviceLimits, LaunchPlan
+from cuconv.plan.types import (
+    MAP_BYTES,
+    MAX_GRID_X,
+    MAX_GRID_YZ,
+    MAX_THREADS,
+    STATIC_SHARED_BYTES,
+    DeviceLimits,
+    LaunchPlan,
+    TensorMap,
+    compiled_for,
+)
 
 ARENA = 1 << 40  # where the emulator's memory is said to start: a multiple of every alignment
 
@@ -29,6 +41,18 @@ ARENA = 1 << 40  # where the emulator's memory is said to start: a multiple of e
 def module(kernel: str, constants: tuple[tuple[str, int | str], ...], arch: str) -> Module:
     """The kernels of ``kernels/<kernel>.cu``, compiled with `constants`."""
     return Module(emulator.compile_ptx(kernel_directory() / f"{kernel}.cu", arch, dict(constants)))
+
+
+def parameters(plan: LaunchPlan, addresses: Sequence[int]) -> bytes:
+    """The parameter struct of a plan, with the emulator's tensor maps."""
+    return plan.parameters(addresses, [encoded(each, addresses[each.array]) for each in plan.maps])
+
+
+def encoded(given: TensorMap, address: int) -> bytes:
+    """A tensor map, from the same numbers that a driver would get."""
+    numbers = (given.sizes, given.strides, given.box, given.steps)
+    swizzle = runtime.MAP_SWIZZLES[given.swizzle]
+    return encode(address, runtime.MAP_TYPES[given.dtype], *numbers, swizzle=swizzle)
 
 
 class EmulatedRuntime:
@@ -94,14 +118,14 @@ class EmulatedRuntime:
             emulator.EmulationError: the detector reports something.
             AssertionError: the plan and the kernel, or the plan and the device, do not fit together.
         """
-        code = module(plan.kernel, plan.constants, self.limits.arch)
+        code = module(plan.kernel, plan.constants, compiled_for(plan.kernel, self.limits.arch))
         self._check(plan, code, arrays)
         self.launches.append(plan)
         result = code.launch(
             plan.kernel,
             plan.grid,
             plan.block,
-            (Structure(arrays, plan.parameters),),
+            (Structure(arrays, functools.partial(parameters, plan)),),
             plan.dynamic_shared_bytes,
             self.mode,
             self.seed + len(self.launches) - 1 if self.seed else 0,
@@ -118,11 +142,13 @@ class EmulatedRuntime:
         assert plan.kernel in code.kernels, f"{plan.kernel}.cu has no entry {plan.kernel}, only {list(code.kernels)}"
         kernel = code.kernels[plan.kernel]
         (parameter,) = kernel.parameters
-        size = len(plan.parameters((0,) * len(arrays)))
+        size = len(plan.parameters((0,) * len(arrays), (bytes(MAP_BYTES),) * len(plan.maps)))
         assert parameter.size == size, (
             f"{plan}: {len(arrays)} arrays and {len(plan.integers)} integers of {plan.index_bytes} bytes make {size} "
             f"bytes, the kernel's structure has {parameter.size}"
         )
+        for each in plan.maps:
+            assert not each.problem(), f"{plan}: {each.problem()}"
         for index, array in enumerate(arrays):
             assert array is None or array.flags.c_contiguous, f"{plan}: array {index} is not contiguous"
             assert array is None or array.size, f"{plan}: array {index} is empty"

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from cuconv.cuda import cubins, runtime
+from cuconv.plan.types import MAP_BYTES, TensorMap
 
 GOLDEN = Path(__file__).parent / "golden"
 MOST = 8192  # items in a file of vectors
@@ -101,6 +103,93 @@ extern "C" __global__ void apply(const double (*a)[16][8], const double (*b)[8][
 }}
 """
 
+# One item a block, in two rounds: at the coordinates of each, boxes of 3, 4 and 5 axes of the one tensor.
+BOXES = """
+struct alignas(64) Map {
+  unsigned char bytes[128];
+};
+extern "C" __global__ void apply(const __grid_constant__ Map three, const __grid_constant__ Map four,
+                                 const __grid_constant__ Map five, const void*, const int (*at)[2][5],
+                                 uint4 (*y)[2][3][8], int count) {
+  __shared__ alignas(128) uint4 memory[3][8];
+  __shared__ alignas(8) unsigned long long barrier;
+  const unsigned here = ptx::shared_address(&barrier);
+  if (threadIdx.x == 0) {
+    ptx::barrier_init(here, 2);
+    ptx::barriers_visible();
+  }
+  __syncthreads();
+  for (int round = 0; round < 2; ++round) {
+    const int* const c = at[blockIdx.x][round];
+    if (threadIdx.x == 0) {
+      ptx::barrier_expect(here, sizeof memory);
+      ptx::load_box(ptx::shared_address(memory[0]), &three, here, {c[0], c[1], c[2]});
+      ptx::load_box(ptx::shared_address(memory[1]), &four, here, {c[0], c[1], c[2], c[3]});
+      ptx::load_box(ptx::shared_address(memory[2]), &five, here, {c[0], c[1], c[2], c[3], c[4]});
+    }
+    if (threadIdx.x == 1) ptx::barrier_arrive(here);
+    ptx::barrier_wait(here, round);
+    if (threadIdx.x < 24) y[blockIdx.x][round][threadIdx.x / 8][threadIdx.x % 8] = memory[0][threadIdx.x];
+    ptx::fence_async();
+    __syncthreads();
+  }
+}
+"""
+
+# One item a block, d = c + 2 a b, and again with the first N columns for every other N. Rows have 128 bytes, so columns
+# of b lie in four pieces of 64; the 16-byte chunks of a row change places.
+PRODUCT_OF_A_WARPGROUP = """
+__device__ unsigned place(int row, int chunk) {{ return row * 8 + (chunk ^ row % 8); }}
+template <int N>
+__device__ void product(float (*d)[256], unsigned long long a, unsigned long long b) {{
+  const int thread = threadIdx.x, lane = thread % 32;
+  float sums[2][N / 2] = {{}};
+  ptx::products_fence();
+  ptx::{name}<N>(sums[0], a, b);
+  ptx::products_commit();
+  ptx::{name}<N>(sums[1], a, b);
+  ptx::products_commit();
+  ptx::products_wait<1>(sums);
+  for (int j = 0; j < N / 2; ++j)
+    d[thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] += sums[0][j];
+  ptx::products_wait<0>(sums);
+  for (int j = 0; j < N / 2; ++j)
+    d[thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] += sums[1][j];
+}}
+extern "C" __global__ void __launch_bounds__(128, 1)
+    apply(const uint4 (*a)[64][2], const uint4 (*b)[16][32], const float (*c)[64][256], float (*d)[64][256], int) {{
+  __shared__ alignas(1024) uint4 left[64 * 8], right[4][16 * 8];
+  const int item = blockIdx.x, thread = threadIdx.x;
+  left[place(thread / 2, thread % 2)] = a[item][thread / 2][thread % 2];
+  for (int i = thread; i < 16 * 32; i += 128) right[i % 32 / 8][place(i / 32, i % 8)] = b[item][i / 32][i % 32];
+  for (int i = thread; i < 64 * 256; i += 128) d[item][i / 256][i % 256] = c[item][i / 256][i % 256];
+  ptx::fence_async();
+  __syncthreads();
+  constexpr unsigned long long layout = 1ull << 62 | 1024ull / 16 << 32;
+  const unsigned long long from_a = layout | ptx::shared_address(left) >> 4;
+  const unsigned long long from_b = layout | sizeof right[0] / 16 << 16 | ptx::shared_address(right) >> 4;
+  product<256>(d[item], from_a, from_b);
+  product<192>(d[item], from_a, from_b);
+  product<160>(d[item], from_a, from_b);
+  product<128>(d[item], from_a, from_b);
+  product<96>(d[item], from_a, from_b);
+  product<64>(d[item], from_a, from_b);
+  product<32>(d[item], from_a, from_b);
+}}
+"""
+
+# One element a thread, after two warpgroups have taken what the third has given.
+REGISTERS = """
+extern "C" __global__ void __launch_bounds__(384, 1) apply(const unsigned* x, unsigned* y, int count) {
+  if (threadIdx.x < 128)
+    ptx::give_registers<40>();
+  else
+    ptx::take_registers<232>();
+  const int i = blockIdx.x * 384 + threadIdx.x;
+  if (i < count) y[i] = x[i];
+}
+"""
+
 
 @dataclass(frozen=True)
 class Wrapper:
@@ -114,6 +203,7 @@ class Wrapper:
         threads, items: of a block. A function of a warp has 32 and 1.
         arch: the oldest that it is for.
         besides: the other functions of ptx.cuh that `text` applies and that have no entry of their own.
+        maps: tensor maps of the first input, which come before it, each given its shape.
     """
 
     text: str
@@ -123,6 +213,16 @@ class Wrapper:
     items: int = 256
     arch: str = "sm_75"
     besides: tuple[str, ...] = ()
+    maps: tuple[Callable[[tuple[int, ...]], TensorMap], ...] = ()
+
+    @property
+    def capability(self) -> int:
+        """The oldest that it is for, such as 90."""
+        return int(self.arch[3:].rstrip("a"))
+
+    def runs_on(self, capability: int) -> bool:
+        """Whether GPUs of that have it."""
+        return capability == self.capability if self.arch.endswith("a") else capability >= self.capability
 
     def blocks(self, count: int) -> int:
         return -(-count // self.items)
@@ -215,6 +315,64 @@ def product(name: str, dtype, depth: int, bits: int, scales: tuple[int, int]) ->
     return Wrapper(text.format(name=name), values, define, threads=32, items=1, arch="sm_80")
 
 
+BOX = {3: (8, 4, 2), 4: (8, 2, 2, 2), 5: (8, 2, 2, 2, 1)}  # elements of 16 bits, axes innermost first
+
+
+def map_of(axes: int) -> Callable[[tuple[int, ...]], TensorMap]:
+    """Of a tensor of five axes, the outermost ones as one."""
+
+    def make(shape: tuple[int, ...]) -> TensorMap:
+        sizes = (*shape[::-1][: axes - 1], int(np.prod(shape[: 6 - axes])))
+        strides = tuple(2 * int(np.prod(sizes[:axis])) for axis in range(1, axes))
+        return TensorMap(0, "float16", sizes, strides, BOX[axes], (1,) * axes, 0)
+
+    return make
+
+
+def things_to_box() -> tuple[np.ndarray, ...]:
+    """A tensor, and coordinates inside, at its edges and outside."""
+    random = np.random.default_rng(4)
+    x = random.integers(1, 1 << 16, (8, 3, 4, 3, 24), np.uint16)
+    at = np.stack([random.integers(-3, size + 1, (8, 2)) for size in x.shape[::-1]], -1)
+    return x, at.astype(np.int32)
+
+
+def boxes(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Of every item and round, for 3, 4 and 5 axes; zeros outside."""
+    y = np.zeros((*at.shape[:2], 3, 64), np.uint16)
+    for place, axes in enumerate((3, 4, 5)):
+        tensor = x.reshape(-1, *x.shape[6 - axes :])
+        for item, round_ in np.ndindex(at.shape[:2]):
+            chosen = [c + np.arange(n) for c, n in zip(at[item, round_, :axes][::-1], BOX[axes][::-1])]
+            inside = [(c >= 0) & (c < size) for c, size in zip(chosen, tensor.shape)]
+            box = tensor[np.ix_(*(np.clip(c, 0, size - 1) for c, size in zip(chosen, tensor.shape)))]
+            y[item, round_, place] = np.where(np.all(np.meshgrid(*inside, indexing="ij"), 0), box, 0).ravel()
+    return y
+
+
+def product_of_a_warpgroup(name: str, dtype) -> Wrapper:
+    """A function that multiplies 64 x 16 by 16 x N elements, small integers: sums are exact."""
+
+    def values() -> tuple[np.ndarray, ...]:
+        random = np.random.default_rng(5)
+        shapes = ((1, 64, 16), (1, 16, 256), (1, 64, 256))
+        return tuple(random.integers(-5, 6, shape).astype(kind) for shape, kind in zip(shapes, (dtype, dtype, "f4")))
+
+    def define(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        sums = a.astype(np.float64) @ b.astype(np.float64)
+        times = 2 * np.repeat(np.arange(7.0, 0, -1), (32, 32, 32, 32, 32, 32, 64))
+        return (c + times * sums).astype(np.float32)
+
+    besides = ("products_fence", "products_commit", "products_wait") if dtype == np.float16 else ()
+    text = PRODUCT_OF_A_WARPGROUP.format(name=name)
+    return Wrapper(text, values, define, threads=128, items=1, arch="sm_90a", besides=besides)
+
+
+def things_to_keep() -> tuple[np.ndarray, ...]:
+    """A block of them, and some."""
+    return (np.random.default_rng(6).integers(0, 1 << 32, 500, np.uint32),)
+
+
 WRAPPERS = {
     "float_from_half": of_one_number(
         "float_from_half", "unsigned short", "float", lambda: all_numbers(np.float16), lambda x: x.astype(np.float32)
@@ -246,6 +404,21 @@ WRAPPERS = {
     "multiply_bfloat": product("multiply_bfloat", ml_dtypes.bfloat16, 16, 8, (-50, 50)),
     "multiply_tf32": product("multiply_tf32", np.float32, 8, 11, (-50, 50)),
     "multiply_double": product("multiply_double", np.float64, 8, 11, (-400, 400)),
+    "load_box": Wrapper(
+        BOXES,
+        things_to_box,
+        boxes,
+        threads=32,
+        items=1,
+        arch="sm_90",
+        besides=("barrier_init", "barriers_visible", "barrier_expect", "barrier_arrive", "barrier_wait", "fence_async"),
+        maps=(map_of(3), map_of(4), map_of(5)),
+    ),
+    "take_registers": Wrapper(
+        REGISTERS, things_to_keep, np.copy, threads=384, items=384, arch="sm_90a", besides=("give_registers",)
+    ),
+    "multiply_tiles_half": product_of_a_warpgroup("multiply_tiles_half", np.float16),
+    "multiply_tiles_bfloat": product_of_a_warpgroup("multiply_tiles_bfloat", ml_dtypes.bfloat16),
 }
 
 
@@ -314,15 +487,31 @@ def source_of(wrapper: Wrapper, folder: Path | None = None) -> str:
 
 
 def emulated(wrapper: Wrapper, inputs: Sequence[np.ndarray], arch: str, folder: Path | None = None) -> np.ndarray:
-    """The emulator's answers."""
+    """The emulator's answers; what copies and multiplies on its own is under its detector."""
     import emulator
 
     expected = definition(wrapper, inputs)
     answers = np.zeros(expected.shape, BITS[expected.itemsize])
     count = len(inputs[0])
     module = emulator.Module(emulator.compile_ptx(source_of(wrapper, folder), arch))
-    module.launch("apply", (wrapper.blocks(count),), (wrapper.threads,), (*inputs, answers, np.int32(count)))
+    maps = [emulated_map(each(inputs[0].shape), inputs[0]) for each in wrapper.maps]
+    arguments = (*maps, *inputs, answers, np.int32(count))
+    mode = "trace" if wrapper.capability >= 90 else "plain"
+    module.launch("apply", (wrapper.blocks(count),), (wrapper.threads,), arguments, mode=mode)
     return answers.view(expected.dtype)
+
+
+def emulated_map(given: TensorMap, array: np.ndarray) -> Any:
+    """A tensor map for the emulator."""
+    import emulated
+    import emulator
+
+    return emulator.Structure((array,), lambda addresses: emulated.encoded(given, *addresses))
+
+
+def map_on_gpu(given: TensorMap, array: Any) -> Any:
+    """A tensor map by value."""
+    return np.frombuffer(runtime.tensor_map(given, array.data.ptr), f"V{MAP_BYTES}")
 
 
 def on_gpu(wrapper: Wrapper, inputs: Sequence[np.ndarray]) -> np.ndarray:
@@ -332,6 +521,8 @@ def on_gpu(wrapper: Wrapper, inputs: Sequence[np.ndarray]) -> np.ndarray:
     expected = definition(wrapper, inputs)
     compiler = runtime._Compiler()
     target = compiler.target(runtime.current().limits.capability)
+    if wrapper.arch.endswith("a"):
+        target = runtime.Target(wrapper.arch)
     recipe = compiler.recipe("apply", source_of(wrapper), (), target)
     given = [cupy.asarray(bits_of(each)) for each in inputs]
     answers = cupy.zeros(expected.shape, BITS[expected.itemsize])
@@ -340,7 +531,8 @@ def on_gpu(wrapper: Wrapper, inputs: Sequence[np.ndarray]) -> np.ndarray:
         path = Path(folder) / f"apply{target.suffix}"
         path.write_bytes(compiler.compile(recipe))
         kernel = cupy.RawModule(path=str(path)).get_function("apply")
-        kernel((wrapper.blocks(count),), (wrapper.threads,), (*given, answers, np.int32(count)))
+        maps = [map_on_gpu(each(inputs[0].shape), given[0]) for each in wrapper.maps]
+        kernel((wrapper.blocks(count),), (wrapper.threads,), (*maps, *given, answers, np.int32(count)))
         return cupy.asnumpy(answers).view(expected.dtype)
 
 

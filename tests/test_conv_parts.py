@@ -120,7 +120,7 @@ def test_indices_beyond_32_bits_are_planned():
     small = dataclasses.replace(shape, in_size=(2**25,), out_size=(2**25,))
     form = dataclasses.replace(form, shape=small)
     assert conv_plans.plan_form(form, "bfloat16", "linear", (0, 0, 0), LIMITS).index_bytes == 4
-    assert conv_plans.plan_form(form, "bfloat16", "linear", (0, 0, 0), LIMITS, most=12).index_bytes == 8
+    assert conv_plans.plan_by_warps(form, "bfloat16", "linear", (0, 0, 0), LIMITS, most=12).index_bytes == 8
 
 
 # --- When --------------------------------------------------------------------------------------------------------

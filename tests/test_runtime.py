@@ -1,12 +1,14 @@
 """The CUDA runtime: on a CuPy without CUDA (tests/fake_cupy.py), and as far as the real CuPy goes without a GPU."""
 
 import builtins
+import ctypes
 import importlib.util
 import logging
 import os
 import struct
 import sys
 import threading
+from dataclasses import replace
 
 import fake_cupy
 import numpy as np
@@ -16,7 +18,7 @@ import cuconv
 from cuconv.cuda import cubins, runtime
 from cuconv.cuda.arrays import compact, writing
 from cuconv.plan.devices import DEVICES
-from cuconv.plan.types import LaunchPlan, PlanError
+from cuconv.plan.types import LaunchPlan, PlanError, TensorMap, compiled_for
 
 KERNEL = 'extern "C" __global__ void k(const __grid_constant__ Params p) {}\n'
 
@@ -133,6 +135,101 @@ def test_constants_are_copied_once_and_waited_for_on_every_stream(install, seed)
     assert gpu.constant(("table", 6), None) is table and fake.idle(), "nothing to wait for any more"
     assert runtime.current(0).constant(("table", 6), lambda: values).device.id == 0
     assert gpu.constant("other", lambda: values).device.id == 1 and fake.device == 0
+
+
+# --- Tensor maps -------------------------------------------------------------------------------------------------
+
+
+class MapDriver:
+    """What a driver has for tensor maps; a map of its is the numbers that it was given, and where it was put."""
+
+    def __init__(self):
+        self.made, self.status = [], 0
+
+    def cuTensorMapEncodeTiled(self, place, dtype, rank, address, sizes, strides, box, steps, *codes):  # noqa: N802
+        assert place.value % 64 == 0, "the driver refuses a place that is not aligned"
+        count = rank.value
+        numbers = list(sizes)[:count] + list(strides)[: count - 1] + list(box)[:count] + list(steps)[:count]
+        self.made.append((dtype.value, address.value, numbers, [each.value for each in codes]))
+        if self.status == 0:
+            ctypes.memmove(place.value, struct.pack("<QQ", 0x7E50, address.value).ljust(128, b"m"), 128)
+        return self.status
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = MapDriver()
+    monkeypatch.setattr(runtime, "_driver", lambda: made)
+    return made
+
+
+OF_X = TensorMap(0, "bfloat16", (64, 50, 2), (128, 6400), (64, 32, 1), (1, 2, 1))
+OF_Y = TensorMap(2, "float16", (64, 8), (128,), (32, 8), (1, 1), 64)
+
+
+def test_a_launch_passes_tensor_maps_before_its_pointers(fake, driver):
+    gpu = runtime.current()
+    x, other, y = gpu.empty((2, 50, 64), np.float16), gpu.empty((2, 50, 64), np.float16), gpu.empty((8, 64), np.float16)
+    made = plan(maps=(OF_X, OF_Y))
+    for each in (x, x, other, x):
+        gpu.launch(made, (each, None, y))
+    first, second, third, fourth = (launch.parameters for launch in fake.launches)
+    assert first == second == fourth != third
+    maps = [struct.pack("<QQ", 0x7E50, each.data.ptr).ljust(128, b"m") for each in (x, y)]
+    expected = b"".join(maps) + struct.pack("<QQQiii", x.data.ptr, 0, y.data.ptr, 1, 2, 3)
+    assert first == expected.ljust(320, b"\0") == made.parameters((x.data.ptr, 0, y.data.ptr), maps)
+    assert [address for _, address, _, _ in driver.made] == [x.data.ptr, y.data.ptr, other.data.ptr], "each once"
+    assert driver.made[0][0] == 9 and driver.made[1][0] == 6
+    assert driver.made[0][2:] == ([64, 50, 2, 128, 6400, 64, 32, 1, 1, 2, 1], [0, 3, 3, 0])
+    assert driver.made[1][2:] == ([64, 8, 128, 32, 8, 1, 1], [0, 2, 3, 0])
+
+
+def test_maps_of_many_addresses_are_forgotten(fake, driver, monkeypatch):
+    monkeypatch.setattr(runtime, "REMEMBERED_MAPS", 3)
+    gpu, made = runtime.current(), plan(maps=(OF_X,))
+    arrays = [gpu.empty((2, 50, 64), np.float16) for _ in range(6)]
+    for each in arrays * 2:
+        gpu.launch(made, (each,))
+    assert len(driver.made) == 12
+    assert all(
+        struct.unpack_from("<Q", got.parameters, 8)[0] == x.data.ptr for got, x in zip(fake.launches, arrays * 2)
+    )
+
+
+def test_the_driver_refuses_a_map(fake, driver):
+    driver.status = 1
+    gpu = runtime.current()
+    with pytest.raises(runtime.KernelError, match="no tensor map, error 1. Received: TensorMap.*at 0x"):
+        gpu.launch(plan(maps=(OF_X,)), (gpu.empty((2, 50, 64), np.float16),))
+    assert not fake.launches
+
+
+def test_a_kernel_of_one_architecture_is_compiled_for_it(fake, monkeypatch, tmp_path):
+    (tmp_path / "kernels" / "conv_wgmma.cu").write_text('#include "common.cuh"\n')
+    gpu = runtime.current()
+    for kernel in ("k", "conv_wgmma"):
+        gpu.launch(replace(plan(), kernel=kernel), (gpu.empty(1, np.float32),))
+    assert [options[0] for _, options in fake.compiled] == ["-arch=sm_90", "-arch=sm_90a"]
+    assert compiled_for("conv_wgmma", "sm_90a") == "sm_90a"
+
+
+PROBLEMS = {
+    "axes": ({"sizes": (8,) * 6}, "6 axes"),
+    "size": ({"sizes": (64, 0, 2)}, "sizes"),
+    "strides": ({"strides": (120, 6400)}, "multiples of 16"),
+    "box": ({"box": (64, 257, 1)}, "box"),
+    "steps": ({"steps": (1, 9, 1)}, "steps"),
+    "first step": ({"steps": (2, 1, 1)}, "steps"),
+    "row": ({"box": (72, 32, 1)}, "144 bytes"),
+    "narrow row": ({"box": (4, 32, 1)}, "8 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_what_the_driver_would_refuse_a_map_for(name):
+    changes, word = PROBLEMS[name]
+    assert not OF_X.problem() and word in replace(OF_X, **changes).problem()
+    assert OF_X.box_bytes == 64 * 16 * 2
 
 
 # --- Shared memory -----------------------------------------------------------------------------------------------

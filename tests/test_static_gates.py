@@ -18,7 +18,7 @@ from disassembly import ARCHITECTURES, Function
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.geometry import conv_shape, depthwise_shape
 from cuconv.plan.bias_grad import plan_bias_grad
-from cuconv.plan.conv import plan_conv, plan_kernel_grad
+from cuconv.plan.conv import form_of, plan_by_warps, plan_conv, plan_kernel_grad
 from cuconv.plan.conv_lstm import plan_gates, plan_gates_grad
 from cuconv.plan.depthwise import plan_carry, plan_depthwise
 from cuconv.plan.depthwise_grad import plan_grad_tile
@@ -26,7 +26,7 @@ from cuconv.plan.depthwise_problem import problem_of
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.reduce import plan_reduce
 from cuconv.plan.transpose import plan_transpose
-from cuconv.plan.types import REGISTERS_PER_MULTIPROCESSOR, WARP, DeviceLimits, LaunchPlan
+from cuconv.plan.types import REGISTERS_PER_MULTIPROCESSOR, WARP, DeviceLimits, LaunchPlan, compiled_for
 
 pytestmark = pytest.mark.skipif(emulator.nvrtc.missing() is not None, reason=str(emulator.nvrtc.missing()))
 
@@ -94,6 +94,10 @@ def _conv(shape, dtype, device=_ordinary, precision="highest"):
     return lambda limits: plan_conv(shape, dtype, "linear", ALIGNED, device(limits), precision)
 
 
+def _conv_by_warps(shape, dtype):
+    return lambda limits: plan_by_warps(form_of(shape), dtype, "linear", ALIGNED, limits)
+
+
 def _kernel_grad(shape, dtype, device=_ordinary, precision="highest"):
     return lambda limits: plan_kernel_grad(shape, dtype, ALIGNED, WORKSPACE, device(limits), precision).grad
 
@@ -152,7 +156,7 @@ GATES = (
     *(
         Gate(
             f"conv {name} on tensor cores",
-            _conv(shape, dtype),
+            _conv_by_warps(shape, dtype),
             255,
             ("STG.128",),
             loop=(("HMMA",), share),
@@ -185,6 +189,19 @@ GATES = (
             # Later ones have no such unit.
             ("float64", LAST, "float64", "highest", "DMMA", 0.08, ("LDS.64", "LDGSTS.128"), (10, 0)),
         )
+    ),
+    *(
+        Gate(
+            f"conv {name} by warpgroups",
+            _conv(shape, dtype),
+            168,
+            ("UTMALDG", "USETMAXREG", "STG.128"),
+            loop=(("HGMMA",), 0.05),
+            loop_needs=("SYNCS", "WARPGROUP.DEPBAR"),
+            since=(9, 0),
+            until=(9, 0),
+        )
+        for name, shape, dtype in (("float16", LAST, "float16"), ("bfloat16 sequences", SEQUENCE, "bfloat16"))
     ),
     Gate("conv float64", _conv(LAST, "float64"), 160, WIDE, loop=(("DFMA",), 0.50), loop_needs=STAGED),
     Gate("conv complex64", _conv(LAST, "complex64"), 128, WIDE, loop=(FP32, 0.80), loop_needs=STAGED),
@@ -266,6 +283,7 @@ def _cases():
 def compiled(plan: LaunchPlan, arch: str) -> Function:
     """The machine code of a plan's kernel."""
     path = kernel_directory() / f"{plan.kernel}.cu"
+    arch = compiled_for(plan.kernel, arch)
     return disassembly.functions(emulator.compile_cubin(path, arch, dict(plan.constants)))[plan.kernel]
 
 

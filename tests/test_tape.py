@@ -218,6 +218,20 @@ def test_a_prepared_call_starts_what_the_call_itself_starts(fake, monkeypatch, o
     assert call(*arrays, out=results) is results or all(a is b for a, b in zip(call(*arrays, out=results), given))
 
 
+def test_a_new_pointer_has_a_new_tensor_map(fake, monkeypatch):
+    """In played and in prepared calls."""
+    monkeypatch.setattr(runtime, "tensor_map", lambda given, address: address.to_bytes(8, "little").ljust(128, b"m"))
+    x, other, w = (fake.cupy.empty(shape, np.float16) for shape in ((8, 2048, 128), (8, 2048, 128), (3, 128, 256)))
+    call = ops.prepare("conv", x.shape, w.shape, dtype="float16")
+    for given in (x, x, other):
+        y = ops.conv(given, w)
+        call(given, w, out=y)
+        mine, its = fake.launches[-2:]
+        assert mine.kernel == "conv_wgmma" and mine.parameters == its.parameters
+        pointers = [int.from_bytes(mine.parameters[at : at + 8], "little") for at in (0, 128, 256, 264, 280)]
+        assert pointers == [each.data.ptr for each in (given, w, given, w, y)]
+
+
 def test_results_go_to_out(fake):
     x, w, out = (fake.cupy.empty(shape, np.float32) for shape in ((1, 9, 4), (2, 4, 8), (1, 8, 8)))
     for _ in range(2):

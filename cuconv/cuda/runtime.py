@@ -12,6 +12,7 @@ does not see that an included file has changed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.resources
 import operator
@@ -29,6 +30,8 @@ import numpy as np
 from cuconv.cuda import cubins
 from cuconv.plan.devices import DEVICES, OLDEST
 from cuconv.plan.types import (
+    MAP_ALIGNMENT,
+    MAP_BYTES,
     MAX_GRID_X,
     MAX_GRID_YZ,
     MAX_THREADS,
@@ -36,6 +39,8 @@ from cuconv.plan.types import (
     DeviceLimits,
     LaunchPlan,
     PlanError,
+    TensorMap,
+    compiled_for,
     fp32_lanes,
 )
 
@@ -261,7 +266,8 @@ class _Compiler:
 
     def recipe(self, kernel: str, source: str, constants: cubins.Constants, target: Target) -> cubins.Recipe:
         """All that `compile` depends on."""
-        fixed = (f"-arch={target.arch}", "--std=c++17", "-lineinfo", "-default-device")
+        arch = compiled_for(kernel, target.arch)
+        fixed = (f"-arch={arch}", "--std=c++17", "-lineinfo", "-default-device")
         return cubins.Recipe(
             kernel, source, fixed + cubins.definitions(constants), f"NVRTC {self.version}", target.suffix
         )
@@ -425,9 +431,12 @@ class CudaRuntime:
             raise PlanError(f"no GPU starts a grid {plan.grid} of blocks {plan.block}. Received: {plan}")
         if max(plan.shared_bytes, plan.dynamic_shared_bytes) > limits.shared_bytes:
             raise PlanError(f"{limits.name} has {limits.shared_bytes} bytes of shared memory a block. Received: {plan}")
-        integers = plan.parameters(())
+        maps = MAP_BYTES * len(plan.maps)
+        integers = plan.parameters((0,) * pointers, (bytes(MAP_BYTES),) * len(plan.maps))[maps + 8 * pointers :]
         pack = struct.Struct(f"<{pointers}Q{len(integers)}s").pack
-        kind = np.dtype(("V", 8 * pointers + len(integers)))
+        if plan.maps:
+            pack = _with_maps(plan.maps, pack)
+        kind = np.dtype(("V", maps + 8 * pointers + len(integers)))
         function, grid, block, shared_bytes = self._function(plan), plan.grid, plan.block, plan.dynamic_shared_bytes
         here, current_device, read = self.device, self._current_device, np.frombuffer
         cuda = self._cupy.cuda
@@ -480,6 +489,54 @@ class CudaRuntime:
             except error_type as error:
                 options = " ".join(recipe.options)
                 raise KernelError(f"GPU {self.device} does not load kernel {kernel} ({options}): {error}") from error
+
+
+REMEMBERED_MAPS = 256  # addresses of an array in a plan; of others the driver makes a map anew, in two microseconds
+# As cuTensorMapEncodeTiled has them.
+MAP_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
+MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+_NO_INTERLEAVE, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 0
+
+
+def _with_maps(maps: Sequence[TensorMap], pack: Callable[..., bytes]) -> Callable[..., bytes]:
+    """`pack`, whose first arguments are the addresses of all arrays, with the tensor maps of some of them in front."""
+    known = [(each.array, functools.lru_cache(REMEMBERED_MAPS)(functools.partial(tensor_map, each))) for each in maps]
+    return lambda *given: b"".join([encoded(given[array]) for array, encoded in known]) + pack(*given)
+
+
+def tensor_map(given: TensorMap, address: int) -> bytes:
+    """A tensor map of the array at `address`, as a kernel takes it by value.
+
+    Raises:
+        KernelError: the driver refuses it.
+    """
+    rank = len(given.sizes)
+    many, few = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
+    room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+    skipped = -ctypes.addressof(room) % MAP_ALIGNMENT
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(room) + skipped),
+        ctypes.c_int(MAP_TYPES[given.dtype]),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        many(*given.sizes),
+        many(*given.strides),
+        few(*given.box),
+        few(*given.steps),
+        *map(ctypes.c_int, (_NO_INTERLEAVE, MAP_SWIZZLES[given.swizzle], _PROMOTE_256_BYTES, _ZEROS_OUTSIDE)),
+    )
+    if status:
+        raise KernelError(f"the driver makes no tensor map, error {status}. Received: {given} at {address:#x}")
+    return room.raw[skipped : skipped + MAP_BYTES]
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> Any:
+    """The driver's own library, for what CuPy does not offer of it."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise DriverError(f"no usable NVIDIA driver: {error}") from error
 
 
 def library() -> Any:

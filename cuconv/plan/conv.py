@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,12 @@ from cuconv.plan.types import (
     index_bytes,
     vector,
 )
+from cuconv.plan.wgmma import plan_wgmma
 
 # conv_narrow.cu or conv_taps.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this
 # much faster.
 SPECIAL_FACTOR = 1.1
+WARPGROUP_FACTOR = 1.0  # conv_wgmma.cu is taken unless it is predicted to take longer
 LONGEST_STEP = 64  # values of k, of any kernel
 FEW_BLOCKS = 2  # a multiprocessor: with fewer, either some are idle or the tiles are small ones for want of better
 PARTS = (2, 4, 8, 16)  # of K, that are weighed there
@@ -56,18 +59,21 @@ def plan_conv(
         precision: "highest", or "high": products of float32 may be of TF32.
     """
     shape = _whole_windows(shape)
-    plan = plan_form(_form(shape), dtype, activation, aligned, limits, precision)
-    for plan_special in (plan_narrow, plan_taps):
-        try:
-            special = plan_special(shape, dtype, activation, aligned, limits)
-        except PlanError as error:
-            plan = _rejecting(plan, str(error))
-            continue
-        plan, other = special, plan
-        if _seconds(plan) > SPECIAL_FACTOR * _seconds(other):
-            plan, other = other, plan
-        plan = _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
+    plan = plan_form(form_of(shape), dtype, activation, aligned, limits, precision)
+    for special in (plan_narrow, plan_taps):
+        plan = _faster(plan, SPECIAL_FACTOR, special, shape, dtype, activation, aligned, limits)
     return plan
+
+
+def _faster(plan: LaunchPlan, factor: float, plan_other: Callable[..., LaunchPlan], *problem: Any) -> LaunchPlan:
+    """What `plan_other` makes of `problem`, if it is predicted to take at most `factor` times as long, else `plan`."""
+    try:
+        other = plan_other(*problem)
+    except PlanError as error:
+        return _rejecting(plan, str(error))
+    if _seconds(other) <= factor * _seconds(plan):
+        plan, other = other, plan
+    return _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
 
 
 def _whole_windows(shape: ConvShape) -> ConvShape:
@@ -87,13 +93,6 @@ def _whole_windows(shape: ConvShape) -> ConvShape:
         kernel_size=(*shape.kernel_size[:-1], 1),
         strides=(*shape.strides[:-1], 1),
     )
-
-
-def _form(shape: ConvShape) -> Form:
-    columns = shape.filters // shape.groups
-    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
-    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
-    return Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,28 @@ class Form:
         return int(self.shape.batch) * places * filters
 
 
+def form_of(shape: ConvShape) -> Form:
+    """A convolution as it is."""
+    columns = shape.filters // shape.groups
+    depth = math.prod(shape.kernel_size) * (shape.in_channels // shape.groups)
+    products = shape.batch * math.prod(shape.out_size) * depth * shape.filters
+    return Form(shape, columns, depth, shape.filters, columns, _span(shape), products)
+
+
 def plan_form(
+    form: Form,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
+) -> LaunchPlan:
+    """The launch for `form`, of conv_simt.cu or of another kernel that computes it; arguments as :func:`plan_conv`."""
+    plan = plan_by_warps(form, dtype, activation, aligned, limits, precision)
+    return _faster(plan, WARPGROUP_FACTOR, plan_wgmma, form, dtype, activation, aligned, limits)
+
+
+def plan_by_warps(
     form: Form,
     dtype: str,
     activation: str,
@@ -141,7 +161,7 @@ def plan_form(
     precision: str = "highest",
     most: int = 1,
 ) -> LaunchPlan:
-    """The launch for `form`; arguments as :func:`plan_conv`.
+    """The launch of conv_simt.cu, conv_mma.cu or conv_halo.cu for `form`.
 
     With `most` above one, K is cut into as many parts at most. Each has sums of its own, as large as y, in the dtype of
     sums; `activation` is not applied then.
@@ -380,7 +400,7 @@ def plan_conv_parts(
         workspace: bytes that partial sums may take; the others as :func:`plan_conv`.
     """
     return plan_parts(
-        _form(_whole_windows(shape)),
+        form_of(_whole_windows(shape)),
         dtype,
         activation,
         aligned,
@@ -414,7 +434,7 @@ def plan_parts(
     for most in PARTS:
         if most * count * element.sum_bytes > workspace:
             break
-        conv = plan_form(form, dtype, "linear", aligned, limits, precision, most)
+        conv = plan_by_warps(form, dtype, "linear", aligned, limits, precision, most)
         splits = conv.grid[0] // (conv.integers[3] * conv.integers[4] * shape.groups)
         if splits == 1:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -78,6 +79,9 @@ REGISTERS_PER_MULTIPROCESSOR = 65536
 REGISTERS_PER_THREAD = 255
 STATIC_SHARED_BYTES = 48 << 10  # what a block may have without asking the driver for more
 VECTOR_BYTES = 16  # the widest access a thread can make
+# Of a tensor map: bytes and their alignment, axes, elements of a box on an axis, the largest step.
+MAP_BYTES, MAP_ALIGNMENT = 128, 64
+MAP_RANK, MAP_BOX, MAP_STEP = 5, 256, 8
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,61 @@ class Cost:
     bound: str = ""  # what most of these seconds go to: a unit, a memory, or the launch
 
 
+# Kernels with instructions that one architecture alone has: they are compiled for "sm_90a", not for "sm_90".
+SPECIFIC_KERNELS = frozenset({"conv_wgmma"})
+
+
+def compiled_for(kernel: str, arch: str) -> str:
+    """The architecture that a kernel is compiled for, to run on GPUs of `arch`."""
+    return f"{arch.rstrip('a')}a" if kernel in SPECIFIC_KERNELS else arch
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """An array of a launch as the copy engine takes boxes of it, from sm_90 on. Axes stand innermost first.
+
+    Attributes:
+        array: its number among the arrays of the launch.
+        dtype: of its elements, a name of ELEMENTS.
+        sizes: elements of each axis. What a box has outside of them reads as zero.
+        strides: bytes from one element of an axis to the next, of all axes but the innermost.
+        box: elements that a box spans of each axis.
+        steps: of which it takes one in so many; 1 on the innermost axis.
+        swizzle: bytes of a row in shared memory within which pieces of 16 bytes change places; 0: none do.
+    """
+
+    array: int
+    dtype: str
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    steps: tuple[int, ...]
+    swizzle: int = 128
+
+    @property
+    def box_bytes(self) -> int:
+        """What a box has in shared memory."""
+        taken = (-(-extent // step) for extent, step in zip(self.box, self.steps, strict=True))
+        return math.prod(taken) * ELEMENTS[self.dtype].bytes
+
+    def problem(self) -> str:
+        """What the driver would refuse the map for, or ""."""
+        row_bytes = self.box[0] * ELEMENTS[self.dtype].bytes
+        if not 1 <= len(self.sizes) <= MAP_RANK:
+            return f"it has {len(self.sizes)} axes, {MAP_RANK} are the most"
+        if not all(0 < size <= 1 << 32 for size in self.sizes):
+            return f"its sizes {self.sizes} are not all from 1 to 2**32"
+        if not all(0 < stride < 1 << 40 and stride % VECTOR_BYTES == 0 for stride in self.strides):
+            return f"its strides of {self.strides} bytes are not all multiples of {VECTOR_BYTES}, less than 2**40"
+        if not all(0 < extent <= MAP_BOX for extent in self.box):
+            return f"its box {self.box} has not from 1 to {MAP_BOX} elements on each axis"
+        if not all(0 < step <= MAP_STEP for step in self.steps) or self.steps[0] != 1:
+            return f"its steps {self.steps} are not all from 1 to {MAP_STEP}, the first one 1"
+        if row_bytes % VECTOR_BYTES or (self.swizzle and row_bytes > self.swizzle):
+            return f"a row of its box has {row_bytes} bytes, no multiple of {VECTOR_BYTES} or more than {self.swizzle}"
+        return ""
+
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """One kernel launch, complete but for its arrays.
@@ -137,6 +196,7 @@ class LaunchPlan:
         kernel: names the file ``kernels/<kernel>.cu`` and the entry point in it.
         constants: what the file is compiled with, name and value; a value is an integer or a type of common.cuh.
         integers: what follows the array pointers in the kernel's parameter struct, in its order.
+        maps: what stands before the array pointers there.
         index_bytes: bytes of each of those integers, 4 or 8; the kernel's `Index` type.
         shared_bytes: shared memory of a block, static and dynamic together.
         dynamic_shared_bytes: the part of it that is asked for at the launch.
@@ -156,6 +216,7 @@ class LaunchPlan:
     reason: str = ""
     rejected: tuple[str, ...] = ()
     cost: Cost | None = field(default=None, compare=False)
+    maps: tuple[TensorMap, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -169,7 +230,7 @@ class LaunchPlan:
         if "BM" not in constants:
             return ""
         text = "x".join(str(constants[name]) for name in ("BM", "BN", "BK") if name in constants)
-        for first, second, whose in (("TM", "TN", "thread"), ("WM", "WN", "warp")):
+        for first, second, whose in (("TM", "TN", "thread"), ("WM", "WN", "warp"), ("GM", "GN", "warpgroup")):
             if first in constants and second in constants:
                 text += f", {constants[first]}x{constants[second]} a {whose}"
         return text
@@ -179,10 +240,14 @@ class LaunchPlan:
         """The integers as they stand in the parameter struct."""
         return struct.pack(f"<{len(self.integers)}{'q' if self.index_bytes == 8 else 'i'}", *self.integers)
 
-    def parameters(self, addresses: tuple[int, ...]) -> bytes:
-        """The kernel's by-value parameter struct: pointers, then integers, filled up to a multiple of 8 bytes."""
-        data = struct.pack(f"<{len(addresses)}Q", *addresses) + self.packed_integers
-        return data.ljust(-(-len(data) // 8) * 8, b"\0")
+    def parameters(self, addresses: Sequence[int], maps: Sequence[bytes] = ()) -> bytes:
+        """The kernel's by-value parameter struct: maps, as a driver encodes them, pointers, then integers.
+
+        It is filled up to a multiple of 8 bytes, with maps to one of what they are aligned to.
+        """
+        data = b"".join(maps) + struct.pack(f"<{len(addresses)}Q", *addresses) + self.packed_integers
+        unit = MAP_ALIGNMENT if maps else 8
+        return data.ljust(-(-len(data) // unit) * unit, b"\0")
 
     def __str__(self) -> str:
         constants = " ".join(f"{name}={value}" for name, value in self.constants)
