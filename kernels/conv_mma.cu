@@ -196,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const
       ptx::copy_async_commit();
       multiply<E>(acc, memory, stage, own);
       if (more) put(ahead);
-      ahead = stage;
       stage = next(stage);
+      ahead = next(ahead);
     }
     advance();
   }

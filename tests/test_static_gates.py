@@ -262,7 +262,7 @@ MISSED: dict[tuple[str, str], str] = {
         for name in ("float16", "bfloat16 sequences", "bfloat16 of a stride")
     },
     ("conv bfloat16 of a stride on tensor cores", "sm_86"): "0.42 of a step of 16 products of a warp is on integers",
-    ("conv bfloat16 of a stride on tensor cores", "sm_80"): "0.254 of the loop is on integers",
+    ("conv bfloat16 of a stride on tensor cores", "sm_100"): "0.254 of the loop is on integers",
     (
         "conv bfloat16 of a stride on tensor cores",
         "sm_90",
