@@ -587,7 +587,7 @@ GATES = (
     Gate("bfloat16", 1, TILES[2], 128, 0.18),
     Gate("bfloat16", 1, TILES[3], 96, 0.09),
     Gate("float32", 1, TILES[0], 168, 0.08),
-    Gate("float32", 3, TILES[0], 232, 0.16),
+    Gate("float32", 3, TILES[0], 248, 0.20),  # one block of 256 threads a multiprocessor, as with 256
     Gate("float32", 3, TILES[2], 160, 0.12),
 )
 
