@@ -227,6 +227,7 @@ def _candidate(
             ("RANK", shape.rank),
             ("CHANNELS_FIRST", 0),
             ("UPSAMPLED", int(bool(form.upsampled))),
+            ("SPLIT", 0),
             ("ACTIVATION", ACTIVATION_CODES[activation]),
             ("BM", bm),
             ("BN", bn),
