@@ -35,22 +35,6 @@ static_assert(VECTORS_N <= THREADS && THREADS % VECTORS_N == 0, "threads must sh
 
 constexpr bool X_COPIED = VECX * sizeof(E) >= 4, W_COPIED = VECW * sizeof(E) >= 4;
 
-// One vector on its way to shared memory.
-template <int N, bool COPIED>
-struct Transfer {
-  Vector<E, N> v;
-
-  __device__ __forceinline__ void fetch(unsigned char* to, const E* from, bool inside) {
-    if constexpr (COPIED)
-      ptx::copy_async<N * sizeof(E)>(ptx::shared_address(to), from, inside);
-    else
-      v = load_or_zero<N>(from, inside);
-  }
-  __device__ __forceinline__ void put(unsigned char* to) const {
-    if constexpr (!COPIED) store(reinterpret_cast<E*>(to), v);
-  }
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_mma(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char memory[];
 

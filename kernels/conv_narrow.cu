@@ -38,6 +38,7 @@
 // The columns of a product are filters in an order that gives a lane P neighbouring ones, for one access to y.
 
 #include "activations.cuh"
+#include "fragments.cuh"
 #include "positions.cuh"
 
 // Set by the plan, besides those of positions.cuh: ACTIVATION   CHANNELS   INNER taps of the innermost axis in a run,
@@ -81,15 +82,6 @@ struct Params {
 
 // ---- products ---------------------------------------------------------------------------------------------------
 // The sums of a warp, WM positions by WN filters; of a lane ROWS positions, and GROUPS times P neighbouring filters.
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                             half_t) {
-  ptx::multiply_half(acc, a, b);
-}
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                             bfloat_t) {
-  ptx::multiply_bfloat(acc, a, b);
-}
 
 // On tensor cores: of 16 x 8 sums a lane has rows lane/4 and lane/4 + 8, columns 2*(lane%4) and the next.
 template <class T, bool = TENSOR>

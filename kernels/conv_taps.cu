@@ -36,6 +36,7 @@
 //   zs    BUFFERS x [COLUMNS][PITCH] sums; 2 spare a barrier: while some warps finish a tile, others begin the next
 
 #include "activations.cuh"
+#include "fragments.cuh"
 #include "positions.cuh"
 
 // Set by the plan, besides those of positions.cuh: ACTIVATION   CHANNELS FILTERS of a group   BZ BP BQ
@@ -78,13 +79,6 @@ struct Params {
 // The sums of a warp, WM inputs by all columns.
 
 using Slice = Vector<E, LANE>;  // channels of one input
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], half_t) {
-  ptx::multiply_half(acc, a, b);
-}
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat_t) {
-  ptx::multiply_bfloat(acc, a, b);
-}
 
 // On tensor cores: of 16 x 8 sums a lane has rows lane/4 and lane/4 + 8, columns 2*(lane%4) and the next.
 template <class T, bool = TENSOR>

@@ -33,6 +33,7 @@
 //   ws [BC][PAIRS]    pairs of taps      bs [BC]  bias
 
 #include "depthwise_tiles.cuh"
+#include "fragments.cuh"
 
 // Set by the plan: ELEMENT INDEX ACTIVATION   CHANNELS_FIRST   SEQUENCE 1 for one axis   PHASED 1 for phases in place
 //   of an outer axis   OUTER taps of the outer axis, K of the inner   PHASE inputs before the first that are staged,
@@ -89,15 +90,6 @@ __device__ __forceinline__ void unzip(Vector<E, N>& a, Vector<E, N>& b, const un
     memcpy(&a, low, sizeof low);
     memcpy(&b, high, sizeof high);
   }
-}
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                             half_t) {
-  ptx::multiply_half(acc, a, b);
-}
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                             bfloat_t) {
-  ptx::multiply_bfloat(acc, a, b);
 }
 
 // One output of its own taps alone; x begins at its first input, w at the pair of its first tap.

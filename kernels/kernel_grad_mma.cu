@@ -74,22 +74,6 @@ struct alignas(sizeof(Index) * (RANK == 1 ? 2 : 4)) Tap {
   Index offset, reach[RANK == 1 ? 1 : 3];
 };
 
-// One vector on its way to shared memory.
-template <int N, bool COPIED>
-struct Transfer {
-  Vector<E, N> v;
-
-  __device__ __forceinline__ void fetch(unsigned char* to, const E* from, bool inside) {
-    if constexpr (COPIED)
-      ptx::copy_async<N * sizeof(E)>(ptx::shared_address(to), from, inside);
-    else
-      v = load_or_zero<N>(from, inside);
-  }
-  __device__ __forceinline__ void put(unsigned char* to) const {
-    if constexpr (!COPIED) store(reinterpret_cast<E*>(to), v);
-  }
-};
-
 // ---- the product of a warp --------------------------------------------------------------------------------------
 
 // Which sums a lane has. In channels_last words are read in runs: a lane's rows of 4 mma halves are neighbours, and its

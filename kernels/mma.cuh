@@ -11,6 +11,7 @@
 
 #pragma once
 
+#include "fragments.cuh"
 #include "positions.cuh"
 
 // Set by the plan, besides those of positions.cuh: BM BN BK WM WN PRECISION
@@ -51,21 +52,23 @@ struct Warp {
   __device__ __forceinline__ int column(int j) const { return n + j / 2 * 8 + lane % 4 * 2 + j % 2; }
 };
 
+// One vector on its way to shared memory.
+template <int N, bool COPIED>
+struct Transfer {
+  Vector<E, N> v;
+
+  __device__ __forceinline__ void fetch(unsigned char* to, const E* from, bool inside) {
+    if constexpr (COPIED)
+      ptx::copy_async<N * sizeof(E)>(ptx::shared_address(to), from, inside);
+    else
+      v = load_or_zero<N>(from, inside);
+  }
+  __device__ __forceinline__ void put(unsigned char* to) const {
+    if constexpr (!COPIED) store(reinterpret_cast<E*>(to), v);
+  }
+};
+
 // ---- products ---------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], half_t) {
-  ptx::multiply_half(acc, a, b);
-}
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat_t) {
-  ptx::multiply_bfloat(acc, a, b);
-}
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2], float) {
-  ptx::multiply_tf32(acc, a, b);
-}
-__device__ __forceinline__ void multiply_add(double (&acc)[4], const double (&a)[4], const double (&b)[2], double) {
-  ptx::multiply_double(acc, a, b);
-}
 
 // What a register of a fragment holds: a double, a float, or two 16-bit elements.
 template <class T>
