@@ -22,10 +22,10 @@ from cuconv import geometry
 from cuconv.geometry import ConvShape
 
 # Peaks of an H200: operations and bytes a second. bfloat16 and float16 are what dense matrix products reach in
-# practice (its data sheet says 989e12); TF32 is half of that; float32 on the ordinary units, and the memory, are the
-# data sheet's.
-RATES = {"bfloat16": 790e12, "float16": 790e12, "tf32": 395e12, "float32": 67e12}
-DEPTHWISE_RATE = 67e12  # one multiply-add an element and tap: work for the ordinary units in every dtype
+# practice (its data sheet says 989e12); TF32 is half of that; float32 as three products of TF32, which are as exact;
+# the ordinary units and the memory are the data sheet's.
+RATES = {"bfloat16": 790e12, "float16": 790e12, "tf32": 395e12, "float32": 395e12 / 3}
+ORDINARY_RATE = 67e12  # depthwise convolutions of float32; of 16 bits they are products of banded matrices
 BANDWIDTH = 4.8e12
 SHORT = 10e-6  # seconds; what is shorter is bound by its launch
 RIDGE = 1.25  # a row whose two times are closer than this factor lies on the ridge
@@ -187,7 +187,7 @@ class Row:
     @property
     def rate(self) -> float:
         """Operations a second that the arithmetic units can do at most."""
-        return DEPTHWISE_RATE if self.depthwise else RATES[self.dtype]
+        return ORDINARY_RATE if self.depthwise and self.dtype == "float32" else RATES[self.dtype]
 
     @property
     def compute_seconds(self) -> float:
@@ -219,8 +219,8 @@ class Row:
         """The share of the roof on an H200 that its kernels are written for; None where a launch takes longer than the
         work, and where two kernels run that are to become one.
 
-        Memory-bound rows aim at the speed of a copy, dense ones at 60 % of the best matrix product: that is the rate of
-        mma.sync, and beyond it are instructions of the architecture's own.
+        Memory-bound rows aim at the speed of a copy, dense ones at 60 % of the best matrix product, which is about what
+        mma.sync reaches, and in float32 at 100 TFLOP/s.
         """
         if self.op == "separable_conv" or self.roof_seconds < SHORT:
             return None
@@ -229,7 +229,7 @@ class Row:
         if self.op == "depthwise_conv_grad":
             return 0.8
         if self.dtype == "float32":
-            return 0.7
+            return 100e12 / self.rate
         return 0.75 if self.side == "memory" else 0.6
 
     def record(self) -> dict[str, Any]:
@@ -344,7 +344,7 @@ ROWS: tuple[Row, ...] = tuple(
             ("b", "Mamba-2.8B k4+SiLU", "dw", "8x2048x5120", 5120, "4", "1", 1, "causal", "bf16", "", "silu"),
             ("b", "pytorch#192902", "dw", "1x16384x12288", 12288, "4", "1", 1, "causal", "bf16"),
             ("b", "Inductor PR#175280", "dw", "3072x202x128", 128, "3", "1", 1, "valid", "bf16"),
-            ("b", "Conformer k31", "dw", "32x1000x512", 512, "31", "1", 1, "same", "bf16", "bound by multiply-adds"),
+            ("b", "Conformer k31", "dw", "32x1000x512", 512, "31", "1", 1, "same", "bf16"),
             ("b", "Conformer k31 fp32", "dw", "32x1000x512", 512, "31", "1", 1, "same", "fp32"),
             ("b", "dilated dw (JAX#26266)", "dw", "32x1024x512", 512, "7", "1", 64, "same", "fp32"),
             ("b", "StripedHyena-medium k128", "dw", "2x8192x4096", 4096, "128", "1", 1, "causal", "bf16"),
@@ -358,7 +358,7 @@ ROWS: tuple[Row, ...] = tuple(
             ("d", "ResNet50 3x3 128 (28^2)", "fwd", "64x28x28x128", 128, "3", "1", 1, 1, "bf16"),
             ("d", "ResNet50 3x3 s2 256", "fwd", "64x28x28x256", 256, "3", "2", 1, 1, "bf16"),
             ("d", "ResNet50 3x3 512 (7^2)", "fwd", "64x7x7x512", 512, "3", "1", 1, 1, "bf16", "few tiles: waves"),
-            ("d", "ConvNeXt-T dw7x7", "dw", "64x56x56x96", 96, "7", "1", 1, 3, "bf16", "bound by multiply-adds"),
+            ("d", "ConvNeXt-T dw7x7", "dw", "64x56x56x96", 96, "7", "1", 1, 3, "bf16"),
             ("d", "MobileNetV2 dw3x3", "dw", "128x56x56x144", 144, "3", "1", 1, 1, "bf16"),
             ("d", "DeepLab 3x3 d=6 (ASPP)", "fwd", "8x64x64x2048", 256, "3", "1", 6, 6, "bf16"),
             ("d", "SD-UNet 3x3 320", "fwd", "4x64x64x320", 320, "3", "1", 1, 1, "bf16"),

@@ -11,16 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
-from cuconv.plan.cost import LAUNCH_SECONDS
+from cuconv.plan.cost import LAUNCH_SECONDS, slowest
 from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
     MAX_GRID_X,
     REGISTERS_PER_THREAD,
-    Cost,
     DeviceLimits,
     Element,
     LaunchPlan,
@@ -334,7 +334,7 @@ def launch_of(
     element = problem.element
     blocks = -(-threads // THREADS)
     width = problem.index_bytes(walked, blocks * THREADS, *extents, *integers)
-    seconds = predicted(problem.limits, threads, registers, instructions, moved, dram, shared)
+    times = times_of(problem.limits, threads, registers, instructions, moved, dram, shared)
     least_flops, least_bytes = least or (problem.flops, problem.least_bytes)
     return LaunchPlan(
         kernel=kernel,
@@ -346,11 +346,16 @@ def launch_of(
         shared_bytes=shared,
         registers=registers,
         reason=reason,
-        cost=Cost(flops * (8 if element.is_complex else 2), least_flops, moved, least_bytes, seconds),
+        cost=slowest(flops * (8 if element.is_complex else 2), least_flops, moved, least_bytes, times),
     )
 
 
-def predicted(
+def predicted(limits: DeviceLimits, **cost: Any) -> float:
+    """Seconds of a launch; arguments as :func:`launch_of`."""
+    return max(times_of(limits, **cost).values()) + LAUNCH_SECONDS
+
+
+def times_of(
     limits: DeviceLimits,
     threads: int,
     registers: int,
@@ -358,14 +363,18 @@ def predicted(
     moved: int,
     dram: float,
     shared: int = 0,
-) -> float:
-    """Seconds of a launch; arguments as :func:`launch_of`."""
+) -> dict[str, float]:
+    """Seconds of what happens in a launch, by its name; arguments as :func:`launch_of`."""
     blocks = -(-threads // THREADS)
     blocks_each = blocks / limits.multiprocessors
     memory = memory_seconds(limits, blocks, resident_blocks(limits, registers, shared), dram)
     issued = limits.fp32_rate / 2  # instructions of a thread a second: one where a fused multiply-add could be
-    cores = max(moved / (limits.fp32_rate / 4), blocks * THREADS * instructions / issued)
-    return max(memory, cores * math.ceil(blocks_each) / blocks_each) + LAUNCH_SECONDS
+    rounds = math.ceil(blocks_each) / blocks_each
+    return {
+        "memory": memory,
+        "L1 cache": moved / (limits.fp32_rate / 4) * rounds,
+        "instructions": blocks * THREADS * instructions / issued * rounds,
+    }
 
 
 def memory_seconds(limits: DeviceLimits, blocks: int, resident_at_once: int, dram: float) -> float:

@@ -112,7 +112,11 @@ def _candidate(
     warps = THREADS // WARP
     moved = 2 * staged * element.bytes + warps * WARP * width * (reads * element.bytes + taps * element.sum_bytes)
     clock = clock_of(limits)
-    cycles = max(products * THREADS / limits.fp32_lanes, moved / 128, warps * instructions / 4)
+    times = {
+        "multiply-adds": products * THREADS / limits.fp32_lanes / clock,
+        "shared memory": moved / 128 / clock,
+        "instructions": warps * instructions / 4 / clock,
+    }
     return tiled_launch(
         problem,
         "depthwise_tile",
@@ -133,7 +137,7 @@ def _candidate(
         ),
         axes,
         (channels, rows, columns * outputs),
-        cycles / clock,
+        times,
         registers=registers,
         shared=shared,
         products=products * THREADS,

@@ -73,14 +73,14 @@ def tiled_launch(
     constants: tuple[tuple[str, int | str], ...],
     axes: tuple[Axis, Axis],
     tile: tuple[int, int, int],
-    block_seconds: float,
+    times: dict[str, float],
     **cost: Any,
 ) -> LaunchPlan:
     """The launch of a kernel of depthwise_tiles.cuh.
 
     Args:
         axes: outer and inner; `tile`: channels, and outputs along each.
-        block_seconds: what a block keeps a multiprocessor busy for.
+        times: seconds that a block keeps each part of a multiprocessor busy for, by its name.
         cost: registers, shared, products (multiply-adds of a block), instructions (of a thread), staged (elements of a
             block) and reason.
     """
@@ -124,13 +124,15 @@ def tiled_launch(
     )
     resident = resident_blocks(limits, cost["registers"], cost["shared"])
     memory = memory_seconds(limits, launched, resident, dram)
-    compute = ceil_div(launched, limits.multiprocessors) * block_seconds
+    busiest = max(times, key=lambda part: times[part])
+    compute = ceil_div(launched, limits.multiprocessors) * times[busiest]
     others = min(resident, max(1.0, launched / limits.multiprocessors))
     seconds = max(memory, compute) + min(memory, compute) / others + LAUNCH_SECONDS
+    bound = "memory" if memory >= compute else busiest
     return dataclasses.replace(
         plan,
         dynamic_shared_bytes=cost["shared"],
-        cost=dataclasses.replace(plan.cost, seconds=seconds) if plan.cost else None,
+        cost=dataclasses.replace(plan.cost, seconds=seconds, bound=bound) if plan.cost else None,
     )
 
 

@@ -121,7 +121,7 @@ def _candidate(
         ),
         axes,
         (channels, *((1, STRIPS * outputs) if sequence else (STRIPS, outputs))),
-        max(tensor, wavefronts / clock, instructions / 4 / clock),
+        {"tensor cores": tensor, "shared memory": wavefronts / clock, "instructions": instructions / 4 / clock},
         registers=REGISTERS,
         shared=shared,
         products=channels * products * 2048,

@@ -103,7 +103,6 @@ class _Candidate:
     tiles_q: int
     tiles_n: int
     cost: Cost
-    bound: str
     windows: _Windows
 
     @property
@@ -154,7 +153,9 @@ def plan_narrow(
     best = next(each for each in found if each.cost.seconds <= CHOICE_FACTOR * fastest.cost.seconds)
     windows = best.windows
     others = sorted((each for each in found if each is not best), key=lambda each: each.cost.seconds)
-    rejected = tuple(f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, {each.bound}" for each in others[:4])
+    rejected = tuple(
+        f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, bound by {each.cost.bound}" for each in others[:4]
+    )
 
     # Behind the last row of a tile, and a tile behind the last one, indices are computed all the same.
     reach = (best.bm + windows.run) * windows.pitch + windows.beside * windows.reach
@@ -220,7 +221,7 @@ def plan_narrow(
         shared_bytes=best.shared_bytes,
         dynamic_shared_bytes=best.shared_bytes,
         registers=best.registers,
-        reason=f"{best}; {share:.0f} % of what memory allows, {best.bound}",
+        reason=f"{best}; {share:.0f} % of what memory allows, bound by {best.cost.bound}",
         rejected=rejected,
         cost=best.cost,
     )
@@ -363,10 +364,10 @@ def _candidate(
     warps = blocks * threads / WARP
     memory = max(least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     times = {  # of the busiest multiprocessor
-        "bound by memory": memory / min(1.0, warps / LATENCY_WARPS) * max(1.0, spread),
-        "bound by instructions": issue * imbalance * spread,
-        "bound by shared memory": banks * imbalance * spread,
-        "bound by tensor cores" if tensor else "bound by multiply-adds": units * imbalance * spread,
+        "memory": memory / min(1.0, warps / LATENCY_WARPS) * max(1.0, spread),
+        "instructions": issue * imbalance * spread,
+        "shared memory": banks * imbalance * spread,
+        ("tensor cores" if tensor else "multiply-adds"): units * imbalance * spread,
     }
     bound = max(times, key=lambda each: times[each])
     fill = FILL_SECONDS + weights / 16 / threads * 12 * threads / WARP * blocks / (4 * cycles / limits.multiprocessors)
@@ -374,10 +375,10 @@ def _candidate(
     rest = (sum(times.values()) - times[bound]) / len(times)
     seconds = times[bound] + 0.1 * rest + fill + LAUNCH_SECONDS
     least_flops = 2 * rows * length * filters * windows.taps * windows.run
-    cost = Cost(flops, least_flops, moved, least_bytes, seconds)
+    cost = Cost(flops, least_flops, moved, least_bytes, seconds, bound)
     min_blocks = max(1, min(blocks, REGISTERS_PER_MULTIPROCESSOR // (threads * registers)))
     return _Candidate(
-        *sizes, bm, row, copy, vector_y, shared, registers, min_blocks, walkers, tiles_q, tiles_n, cost, bound, windows
+        *sizes, bm, row, copy, vector_y, shared, registers, min_blocks, walkers, tiles_q, tiles_n, cost, windows
     )
 
 

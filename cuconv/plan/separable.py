@@ -187,8 +187,10 @@ def plan_fused(
         shared_bytes=best.shared_bytes,
         dynamic_shared_bytes=best.shared_bytes,
         registers=best.registers,
-        reason=f"{best}; {useful:.0f} % of its operations count, depthwise sums {times}, {best.bound}",
-        rejected=tuple(f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, {each.bound}" for each in others[:4]),
+        reason=f"{best}; {useful:.0f} % of its operations count, depthwise sums {times}, bound by {best.cost.bound}",
+        rejected=tuple(
+            f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, bound by {each.cost.bound}" for each in others[:4]
+        ),
         cost=best.cost,
     )
 
@@ -341,7 +343,6 @@ class _Candidate:
     registers: int
     shared_bytes: int
     cost: Cost
-    bound: str
 
     @property
     def threads(self) -> int:
@@ -424,10 +425,10 @@ def _candidate(
     adds = items * outputs * vec * outer * inner / limits.fp32_lanes
     read = items * (x_loads * x_vec + outer * inner * bk / WARP) + warps * (wm + wn) * bk
     times = {
-        "bound by tensor cores": tensor,
-        "bound by multiply-adds": adds,
-        "bound by instructions": issue,
-        "bound by shared memory": (read + (bm + bn + rows) * bk) * bytes_ / SHARED_BYTES_A_CYCLE,
+        "tensor cores": tensor,
+        "multiply-adds": adds,
+        "instructions": issue,
+        "shared memory": (read + (bm + bn + rows) * bk) * bytes_ / SHARED_BYTES_A_CYCLE,
     }
     bound = max(times, key=lambda each: times[each])
     summing = max(items / WARP * summed / 4 / ISSUE_SHARE, adds)
@@ -441,7 +442,7 @@ def _candidate(
     ends = 2 * MEMORY_CYCLES + summing + tensor + store
     busy, latency = steps * times[bound] + store, ((steps - 1) * alone + ends) / min(held, busiest)
     if busy < latency:
-        bound = "bound by latency"
+        bound = "latency"
     compute = busiest * max(busy, latency) / clock
     read_inputs = min(bm * inner * outer, bm * problem.inputs // problem.positions + problem.reach)
     moved = blocks * (read_inputs * shape.in_channels + (bn + outer * inner) * shape.filters) * bytes_
@@ -450,10 +451,10 @@ def _candidate(
     least_bytes = (arrays + (outer * inner + filters) * shape.filters + filters) * bytes_
     memory = max(least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     if memory > compute:
-        bound = "bound by memory"
+        bound = "memory"
     least_flops = 2 * problem.positions * shape.filters * (outer * inner + filters)
     flops = 2 * blocks * bm * steps * bk * (outer * inner + bn)
-    cost = Cost(flops, least_flops, moved, least_bytes, max(compute, memory) + LAUNCH_SECONDS)
+    cost = Cost(flops, least_flops, moved, least_bytes, max(compute, memory) + LAUNCH_SECONDS, bound)
     return _Candidate(
         bm,
         bn,
@@ -473,7 +474,6 @@ def _candidate(
         registers,
         shared,
         cost,
-        bound,
     )
 
 

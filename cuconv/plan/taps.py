@@ -109,7 +109,6 @@ class _Candidate:
     walkers: int
     overlap: float
     cost: Cost
-    bound: str
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.tile))
@@ -155,7 +154,9 @@ def plan_taps(
     fastest = min(found, key=lambda each: each.cost.seconds)
     best = next(each for each in found if each.cost.seconds <= CHOICE_FACTOR * fastest.cost.seconds)
     others = sorted((each for each in found if each is not best), key=lambda each: each.cost.seconds)
-    rejected = tuple(f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, {each.bound}" for each in others[:4])
+    rejected = tuple(
+        f"{each}: {each.cost.seconds * 1e6:.1f} us predicted, bound by {each.cost.bound}" for each in others[:4]
+    )
 
     # Inputs and outputs of a tile behind the last ones, and a tile behind the last one, have indices all the same.
     furthest, behind_x, behind_y = 0, shape.batch, shape.batch
@@ -221,7 +222,7 @@ def plan_taps(
         shared_bytes=best.shared_bytes,
         dynamic_shared_bytes=best.shared_bytes,
         registers=best.registers,
-        reason=f"{best}; {share:.0f} % of what memory allows, {best.bound}",
+        reason=f"{best}; {share:.0f} % of what memory allows, bound by {best.cost.bound}",
         rejected=rejected,
         cost=best.cost,
     )
@@ -345,10 +346,10 @@ def _candidate(
     needed = limits.bandwidth / limits.multiprocessors * LATENCY_SECONDS
     memory = max(least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
     times = {  # of the busiest multiprocessor
-        "bound by memory": memory / min(1.0, under_way / needed) * spread,
-        "bound by instructions": instructions / (4 * ISSUE_SHARE * cycles) * imbalance * spread,
-        "bound by shared memory": wavefronts / cycles * imbalance * spread,
-        "bound by tensor cores" if tensor else "bound by multiply-adds": units * imbalance * spread,
+        "memory": memory / min(1.0, under_way / needed) * spread,
+        "instructions": instructions / (4 * ISSUE_SHARE * cycles) * imbalance * spread,
+        "shared memory": wavefronts / cycles * imbalance * spread,
+        ("tensor cores" if tensor else "multiply-adds"): units * imbalance * spread,
     }
     bound = max(times, key=lambda each: times[each])
     rest = (sum(times.values()) - times[bound]) / len(times)
@@ -356,7 +357,7 @@ def _candidate(
     fill = FILL_SECONDS + filled * limits.multiprocessors / (4 * cycles)
     seconds = times[bound] + WAITING[buffers] * rest + fill + LAUNCH_SECONDS
     positions = shape.batch * math.prod(shape.out_size)
-    cost = Cost(flops, 2 * positions * columns * channels * shape.groups, moved, least_bytes, seconds)
+    cost = Cost(flops, 2 * positions * columns * channels * shape.groups, moved, least_bytes, seconds, bound)
     min_blocks = max(1, min(blocks, REGISTERS_PER_MULTIPROCESSOR // (threads * registers)))
     return _Candidate(
         warps,
@@ -373,7 +374,6 @@ def _candidate(
         walkers,
         overlap,
         cost,
-        bound,
     )
 
 
