@@ -60,11 +60,11 @@ struct Place {
 
 // Where results of a group go: y[b, p, f], or y[b, q*up + rho + shift, c]. P has what is read of Params.
 template <class P>
-struct Result {
+struct ResultOf {
   const P& p;
   Index group_filters, first_filter, filters, step_l, step_f;
 
-  __device__ __forceinline__ Result(const P& p, Index g) : p(p) {
+  __device__ __forceinline__ ResultOf(const P& p, Index g) : p(p) {
     group_filters = p.columns;
 #if UPSAMPLED
     group_filters /= volume(p.phases);
@@ -122,3 +122,4 @@ struct Result {
     return inside;
   }
 };
+using Result = ResultOf<Params>;

@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
       multiply(acc, p, ring, row, column);
 
       // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 64 columns into whole vectors.
-      const Result result(p, tile.g);
+      const ResultOf result(p, tile.g);
 #pragma unroll
       for (int i = 0; i < TM; ++i) {
         Place place[4];  // of the rows that this lane stores
