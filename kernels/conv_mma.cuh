@@ -17,7 +17,7 @@ constexpr int Y_PITCH = Y_COLUMNS + 8;
 // and where it goes. Every warp must be done with `memory`.
 template <class RowOf>
 __device__ __forceinline__ void store_tile(const S (&acc)[TM][TN][4], unsigned char* memory, const Warp& own,
-                                           const Result<Params>& result, Index part, Index n0, const RowOf& row_of) {
+                                           const Result& result, Index part, Index n0, const RowOf& row_of) {
   const Params& p = result.p;
   ptx::copy_async_wait<0>();
   __syncthreads();
