@@ -185,7 +185,7 @@ DOUBLE_PLANTS = [
     Plant("words as chunks", "conv_mma.cu", "swizzle<X_ROW, X_WORDS>(row0", "swizzle<X_ROW>(row0", double, (WRONG,)),
     Plant("halves of a in each other's place", "mma.cuh", "^ r / 2 * 32)", "^ (1 - r / 2) * 32)", double, (WRONG,)),
     Plant("halves of w in one place", "mma.cuh", "(k + r * 4) * W_ROW", "k * W_ROW", double, (WRONG,)),
-    Plant("operands rounded to float", "mma.cuh", "ptx::multiply_double(acc, a, b);",
+    Plant("operands rounded to float", "fragments.cuh", "ptx::multiply_double(acc, a, b);",
           "ptx::multiply_double(acc, a, {float(b[0]), float(b[1])});", double, (WRONG,)),
 ]  # fmt: skip
 

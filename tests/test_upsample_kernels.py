@@ -18,6 +18,7 @@ from cuconv import interpolation as tables
 from cuconv import reference
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.cuda.upsample import upsample, upsample_input_grad
+from cuconv.plan import cost
 from cuconv.plan import upsample as plans
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.types import ELEMENTS, MAX_GRID_X
@@ -216,7 +217,7 @@ def test_empty_arrays_launch_nothing():
 @pytest.fixture
 def cheap_launches(monkeypatch):
     """Plans that take every axis by itself."""
-    monkeypatch.setattr(plans, "LAUNCH_SECONDS", -1.0)
+    monkeypatch.setattr(cost, "LAUNCH_SECONDS", -1.0)
     caches = plans.plan_upsample, plans.plan_upsample_grad
     for cached in caches:
         cached.cache_clear()
