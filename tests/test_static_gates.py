@@ -254,9 +254,6 @@ GATES = (
 
 # What a kernel is known to miss on an architecture, with the reason; a gate that holds again must leave this list.
 MISSED: dict[tuple[str, str], str] = {
-    ("conv bfloat16 channels_first on tensor cores", "sm_120"): (
-        "4 % of the loop is HMMA: its plan has 128x64 sums, half of those elsewhere, with the same copies of x"
-    ),
     **{
         (f"conv {name} on tensor cores", "sm_120"): "0.4 of a step of 16 products of a warp is on integers"
         for name in ("float16", "bfloat16 sequences", "bfloat16 of a stride")

@@ -400,7 +400,7 @@ def _candidate(
         waiting = 2 * vec + outputs * x_vec + 16 if rolling else taps * vec + in_flight
         beside = max(fragments, outputs * vec + waiting)
         registers = -(-(sums + beside + REGISTERS_OF_INDICES[staged]) // 8) * 8
-        registers += 24 if limits.capability >= (10, 0) else 0  # whose multiply-adds take registers in pairs
+        registers += 8 if limits.capability >= (10, 0) else 0  # whose multiply-adds take registers in pairs
         if registers <= REGISTERS_PER_THREAD - 7:
             break
     else:
