@@ -1,4 +1,4 @@
-"""Plans of convolutions and their kernel gradients on the ordinary arithmetic units."""
+"""Plans of convolutions and their kernel gradients: the kernel that each is computed by, and its launches."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def _faster(plan: LaunchPlan, factor: float, plan_other: Callable[..., LaunchPla
     try:
         other = plan_other(*problem)
     except PlanError as error:
-        return _rejecting(plan, str(error))
-    if _seconds(other) <= factor * _seconds(plan):
+        return plan.rejecting(str(error))
+    if other.seconds <= factor * plan.seconds:
         plan, other = other, plan
-    return _rejecting(plan, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted")
+    return plan.rejecting(other.prediction)
 
 
 def _whole_windows(shape: ConvShape) -> ConvShape:
@@ -97,7 +97,7 @@ def _whole_windows(shape: ConvShape) -> ConvShape:
 
 @dataclass(frozen=True)
 class Form:
-    """What conv_simt.cu computes: the convolution `shape` with a matrix of weights, and where results go.
+    """What all kernels of products compute: the convolution `shape` with a matrix of weights, and where results go.
 
     Attributes:
         columns, depth: N and K of one group's product.
@@ -239,9 +239,9 @@ def plan_by_warps(
     try:
         halo = plan_halo(form, dtype, aligned, plan, limits, most)
     except PlanError as error:
-        return _rejecting(plan, str(error))
+        return plan.rejecting(str(error))
     best, other = (halo, plan) if _is_better(halo, plan) else (plan, halo)
-    return _rejecting(best, f"{other.reason}: {_seconds(other) * 1e6:.1f} us predicted", *other.rejected)
+    return best.rejecting(other.prediction, *other.rejected)
 
 
 def _choose(
@@ -355,11 +355,11 @@ def plan_kernel_grad(
         tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits, precision)
         found.insert(0, _with_reduction(tensor, splits, count, dtype, aligned, limits))
     except PlanError as error:
-        return dataclasses.replace(found[0], grad=_rejecting(grad, str(error)))
+        return dataclasses.replace(found[0], grad=grad.rejecting(str(error)))
     best = min(found, key=lambda plan: plan.seconds)
     (other,) = (plan for plan in found if plan is not best)
     word = f"{other.grad.reason}: {other.seconds * 1e6:.1f} us predicted"
-    return dataclasses.replace(best, grad=_rejecting(best.grad, word, *other.grad.rejected))
+    return dataclasses.replace(best, grad=best.grad.rejecting(word, *other.grad.rejected))
 
 
 def _with_reduction(
@@ -435,6 +435,7 @@ def plan_parts(
         if most * count * element.sum_bytes > workspace:
             break
         conv = plan_by_warps(form, dtype, "linear", aligned, limits, precision, most)
+        # The grid is what all kernels of parts have: tiles (integers 3 and 4), groups, parts.
         splits = conv.grid[0] // (conv.integers[3] * conv.integers[4] * shape.groups)
         if splits == 1:
             continue
@@ -444,22 +445,16 @@ def plan_parts(
             best = parts
     if best is None or not _gains(best, whole):
         return None
-    return dataclasses.replace(
-        best, conv=_rejecting(best.conv, f"{whole.reason}: {_seconds(whole) * 1e6:.1f} us predicted in one part")
-    )
+    return dataclasses.replace(best, conv=best.conv.rejecting(f"{whole.prediction} in one part"))
 
 
 def _gains(parts: Parts, whole: LaunchPlan) -> bool:
     """Whether splitting is predicted to pay, with both launches."""
-    return parts.seconds * CHOICE_FACTOR <= _seconds(whole)
+    return parts.seconds * CHOICE_FACTOR <= whole.seconds
 
 
 def _parts(splits: int) -> str:
     return f", {splits} parts of k" if splits > 1 else ""
-
-
-def _seconds(plan: LaunchPlan) -> float:
-    return plan.cost.seconds if plan.cost else math.inf
 
 
 def _is_better(plan: LaunchPlan, other: LaunchPlan) -> bool:
@@ -469,10 +464,6 @@ def _is_better(plan: LaunchPlan, other: LaunchPlan) -> bool:
         return False
     near = ours.seconds <= CHOICE_FACTOR * theirs.seconds
     return CHOICE_FACTOR * ours.seconds < theirs.seconds or (near and ours.bytes < theirs.bytes)
-
-
-def _rejecting(plan: LaunchPlan, *words: str) -> LaunchPlan:
-    return dataclasses.replace(plan, rejected=(*plan.rejected, *words))
 
 
 def _span(shape: ConvShape) -> tuple[int, ...]:

@@ -47,7 +47,6 @@ from cuconv.plan.depthwise_problem import (
     registers_of,
     require_step_one,
     resident_blocks,
-    seconds_of,
     slots_of,
     taps_of,
     walks,
@@ -99,7 +98,7 @@ def _choose(problem: Problem, activation: str, aligned: tuple[int, ...]) -> Laun
     found = [answer for answer in answers if isinstance(answer, LaunchPlan)]
     best = fastest(found, SPECIAL_FACTOR if isinstance(answers[0], LaunchPlan) else CHOICE_FACTOR)
     rejected = [answer for answer in answers if isinstance(answer, str)]
-    rejected += [f"{other.kernel}: {seconds_of(other) * 1e6:.1f} us predicted" for other in found if other is not best]
+    rejected += [f"{other.kernel}: {other.seconds * 1e6:.1f} us predicted" for other in found if other is not best]
     return checked(dataclasses.replace(best, rejected=(*rejected, *best.rejected)))
 
 

@@ -40,7 +40,6 @@ from cuconv.plan.depthwise_problem import (
     problem_of,
     registers_of,
     resident_blocks,
-    seconds_of,
     slots_of,
     walks,
     widths_of,
@@ -137,7 +136,7 @@ def _choose(problem: Problem, aligned: tuple[int, ...], workspace: int) -> tuple
         launch, splits = walked
         return dataclasses.replace(launch, rejected=(str(error), *launch.rejected)), splits
     best, other = (tiled, walked) if fastest([walked[0], tiled[0]]) is tiled[0] else (walked, tiled)
-    lost = f"{other[0].kernel}: {seconds_of(other[0]) * 1e6:.1f} us predicted"
+    lost = f"{other[0].kernel}: {other[0].seconds * 1e6:.1f} us predicted"
     return dataclasses.replace(best[0], rejected=(lost, *best[0].rejected)), best[1]
 
 
@@ -182,7 +181,7 @@ def plan_grad_tile(problem: Problem, aligned: tuple[int, ...], workspace: int) -
         turn = 80 + products + reads * (1 + width * conversions) + outputs // parts * width + pieces * 14
         read = THREADS * reads * width * element.bytes
         turn_cycles = max(products * THREADS / limits.fp32_lanes, (read + 2 * shared) / 128, THREADS // WARP * turn / 4)
-        clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
+        clock = limits.clock
         again = problem.batch * walk.dilation * (tiles - 1) * (walk.taps - 1) * problem.channels * element.bytes
         dram = problem.least_bytes + again / L2_FACTOR + 2 * splits * problem.weights * 4
         memory = memory_seconds(limits, blocks, resident, dram)

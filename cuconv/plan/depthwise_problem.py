@@ -389,15 +389,10 @@ def resident_blocks(limits: DeviceLimits, registers: int, shared: int = 0) -> in
     return max(1, min(resident(limits, THREADS, registers, shared)))
 
 
-def seconds_of(plan: LaunchPlan) -> float:
-    """The predicted time."""
-    return plan.cost.seconds if plan.cost else math.inf
-
-
 def fastest(plans: list[LaunchPlan], factor: float = CHOICE_FACTOR) -> LaunchPlan:
     """The first that is predicted to be about as fast as any, so that small problems share the same few kernels."""
-    least = min(map(seconds_of, plans))
-    return next(plan for plan in plans if seconds_of(plan) <= factor * least)
+    least = min(plan.seconds for plan in plans)
+    return next(plan for plan in plans if plan.seconds <= factor * least)
 
 
 def walks(widest: int, x_widest: int, longest: int) -> Iterator[tuple[int, int, int]]:

@@ -20,7 +20,7 @@ from cuconv.plan.depthwise_problem import (
     fastest,
     finishing_of,
 )
-from cuconv.plan.depthwise_tiles import clock_of, is_phased, phased, tiled_axes, tiled_launch
+from cuconv.plan.depthwise_tiles import is_phased, phased, tiled_axes, tiled_launch
 from cuconv.plan.types import REGISTERS_PER_MULTIPROCESSOR, WARP, LaunchPlan, PlanError, vector
 
 MOST_TAPS = 64  # of the inner axis; with more, a tile reads most of its inputs again
@@ -111,7 +111,7 @@ def _candidate(
     )
     warps = THREADS // WARP
     moved = 2 * staged * element.bytes + warps * WARP * width * (reads * element.bytes + taps * element.sum_bytes)
-    clock = clock_of(limits)
+    clock = limits.clock
     times = {
         "multiply-adds": products * THREADS / limits.fp32_lanes / clock,
         "shared memory": moved / 128 / clock,

@@ -21,7 +21,7 @@ from cuconv.plan.depthwise_problem import (
     resident_blocks,
     taps_of,
 )
-from cuconv.plan.types import DeviceLimits, LaunchPlan, PlanError
+from cuconv.plan.types import LaunchPlan, PlanError
 
 
 def tiled_axes(problem: Problem, kernel: str) -> tuple[Axis, Axis]:
@@ -60,11 +60,6 @@ def first_of(problem: Problem, axis: Axis) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The quotient, rounded up."""
     return -(-a // b)
-
-
-def clock_of(limits: DeviceLimits) -> float:
-    """Cycles a second."""
-    return limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
 
 
 def tiled_launch(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 
 from cuconv.plan.depthwise_problem import NO_AXIS, THREADS, Axis, Problem, constants_of, fastest, finishing_of
-from cuconv.plan.depthwise_tiles import clock_of, first_of, is_phased, phased, tiled_axes, tiled_launch
-from cuconv.plan.mma import RATE_SHARE, require_16_bits
+from cuconv.plan.depthwise_tiles import first_of, is_phased, phased, tiled_axes, tiled_launch
+from cuconv.plan.mma import rate_share, require_16_bits
 from cuconv.plan.types import WARP, LaunchPlan, PlanError, vector
 
 STRIPS = 16  # rows of a fragment
@@ -99,8 +99,8 @@ def _candidate(
         + 3 * products
         + blocks * (12 + 4 * finishing_of(activation, element))
     )
-    clock = clock_of(limits)
-    rate = limits.fp16_rate * next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
+    clock = limits.clock
+    rate = limits.fp16_rate * rate_share(limits)
     tensor = channels * products * 4096 / (rate / limits.multiprocessors)
     return tiled_launch(
         problem,

@@ -156,6 +156,7 @@ def plan_halo(
         for each in found
         if each is not best
     )
+    best = dataclasses.replace(best, cost=dataclasses.replace(best.cost, least_flops=2 * form.products))
     order = best.order
     result_bytes, y_aligned = (element.bytes, aligned[2]) if most == 1 else (element.sum_bytes, 0)
     parts = (best.chunk, form.count) if most > 1 else ()
@@ -296,7 +297,6 @@ def _candidate(
     operands = Operands(VECTOR_BYTES // 2, VECTOR_BYTES // 2, False, False, index, shape.rank, least_bytes)
     product = Product(positions, form.columns, depth, shape.groups)
     cost = mma.cost_of(product, element, operands, limits, (bm, bn, bk, wm, wn), loads, blocks, held, rows=rows_step)
-    cost = dataclasses.replace(cost, least_flops=2 * form.products)
     return _Candidate(
         order,
         bm,

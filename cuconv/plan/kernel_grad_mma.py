@@ -53,15 +53,10 @@ def plan_on_tensor_cores(
     ]
     if not found:
         raise PlanError("tensor cores: no tile fits")
-    least = min(seconds(plan) for plan, _ in found)
-    best = next(each for each in found if seconds(each[0]) <= CHOICE_FACTOR * least)
-    lost = tuple(f"{plan.reason}: {seconds(plan) * 1e6:.1f} us predicted" for plan, _ in found if plan is not best[0])
+    least = min(plan.seconds for plan, _ in found)
+    best = next(each for each in found if each[0].seconds <= CHOICE_FACTOR * least)
+    lost = tuple(plan.prediction for plan, _ in found if plan is not best[0])
     return dataclasses.replace(best[0], rejected=lost), best[1]
-
-
-def seconds(plan: LaunchPlan) -> float:
-    """Predicted."""
-    return plan.cost.seconds if plan.cost else math.inf
 
 
 def _candidate(

@@ -176,12 +176,16 @@ def precision_of(element: Element, products: int) -> int:
     return products if element.dtype == "float32" else 0
 
 
+def rate_share(limits: DeviceLimits) -> float:
+    """Of the tensor cores' rate, that mma.sync reaches on a device with it."""
+    return next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
+
+
 def _rate(element: Element, limits: DeviceLimits) -> float:
     """Operations a second of products of these elements, or of their TF32, with mma.sync."""
     if element.bytes == 8:
         return limits.dmma_rate * RATE_SHARE_FLOAT64
-    share = next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
-    return share * (limits.tf32_rate if element.bytes == 4 else limits.fp16_rate)
+    return rate_share(limits) * (limits.tf32_rate if element.bytes == 4 else limits.fp16_rate)
 
 
 def _slower(loser: Tile) -> str:
@@ -241,7 +245,7 @@ def _candidate(
     held = min(resident(limits, threads, registers, shared_bytes))
     if not held:
         return f"{name}: a multiprocessor of {limits.name} does not hold a block"
-    part = dataclasses.replace(product, k=min(product.k, chunk))
+    part = product if splits == 1 else dataclasses.replace(product, k=chunk)
     sizes = (bm, bn, bk, wm, wn)
     cost = cost_of(part, element, operands, limits, sizes, loads_x + loads_w, blocks, held, products)
     return Tile(
@@ -317,7 +321,7 @@ def cost_of(
     rows = bm if rows is None else rows
     steps = max(1, -(-product.k // bk))
     done = 2 * bm * bn * bk * steps * blocks
-    clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
+    clock = limits.clock
     tensor = 2 * bm * bn * bk * products / (_rate(element, limits) / limits.multiprocessors)
     shared = (warps * (wm + wn) + rows + bn) * bk * element.bytes / SHARED_BYTES_A_CYCLE / clock
     issued = warps * (_instructions(element, products, wm, wn, bk) + 10 * loads + 40) / 4 / clock

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
+from cuconv.plan.mma import rate_share
 from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     ACTIVATION_CODES,
@@ -39,7 +40,6 @@ MOST_REGISTERS = 232  # by the estimate, which is about 20 off at most
 BANKS = 32  # of shared memory, a word each
 # Of the issue slots those that a warp scheduler finds something for; independent multiply-adds fill more.
 ISSUE_SHARE, ISSUE_SHARE_ORDINARY = 0.7, 0.85
-MMA_SHARE = {8: 0.9, 9: 0.62}  # of the tensor cores' peak that mma.sync reaches, by major capability; later ones: 0.9
 FILL_SECONDS = 1.5e-6  # from a block's start until its first tile and its weights are in shared memory
 LATENCY_WARPS = 12  # of a multiprocessor, that keep its stores coming
 CHOICE_FACTOR = 1.02  # a candidate listed earlier is taken unless another one is predicted to be this much faster
@@ -116,6 +116,11 @@ class _Candidate:
     def __str__(self) -> str:
         where = "registers" if self.held else "shared memory"
         return f"tile {self.bm}x{self.bn}, {self.wm}x{self.wn} a warp of {self.threads // WARP}, weights in {where}"
+
+
+def activation_instructions(activation: str) -> int:
+    """Of one result, those on the special units counted as four."""
+    return _ACTIVATION.get(activation, _ACTIVATION[""])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -339,7 +344,7 @@ def _candidate(
     # Cost.
     turns = rows * (tiles_q - 1) * (bm // wm) + rows * -(-(length - (tiles_q - 1) * bm) // wm)
     turns *= warps_n * tiles_n  # of a warp over its sums
-    finishing = _ACTIVATION.get(activation, _ACTIVATION[""])
+    finishing = activation_instructions(activation)
     stored = wm * wn // WARP // vector_y  # accesses of a lane
     if tensor:
         read = 4 * (wm // 16) * steps
@@ -353,13 +358,12 @@ def _candidate(
         instructions = products * each + fetched + each * (1 + finishing) + 3 * stored + 40
         wavefronts = fetched + products * (wn // 32) + 4 * stored
     staging = threads // WARP * (pieces * (10 + 6 * shape.rank) + 50) * tiles * tiles_n
-    cycles = _cycles(limits)
+    cycles = limits.clock * limits.multiprocessors  # a second, of all of them together
     imbalance = busy / (tiles * tiles_n)
     issue = (turns * instructions + staging) / (4 * (ISSUE_SHARE if tensor else ISSUE_SHARE_ORDINARY) * cycles)
     banks = turns * wavefronts / cycles
     flops = turns * 2 * wm * wn * (16 * steps if tensor else windows.taps * windows.run)
-    share = MMA_SHARE.get(limits.capability[0], 0.9)
-    units = flops / (share * limits.fp16_rate) if tensor else flops / limits.fp32_rate
+    units = flops / (rate_share(limits) * limits.fp16_rate) if tensor else flops / limits.fp32_rate
     moved = least_bytes + (tiles * tiles_n * windows.lines * row * element.bytes) + grid * weights
     warps = blocks * threads / WARP
     memory = max(least_bytes / limits.bandwidth, moved / (L2_FACTOR * limits.bandwidth))
@@ -380,11 +384,6 @@ def _candidate(
     return _Candidate(
         *sizes, bm, row, copy, vector_y, shared, registers, min_blocks, walkers, tiles_q, tiles_n, cost, windows
     )
-
-
-def _cycles(limits: DeviceLimits) -> float:
-    """Cycles a second of all multiprocessors together: those of sm_80 have 64 units for floats, later ones 128."""
-    return limits.fp32_rate / (128 if limits.capability == (8, 0) else 256)
 
 
 @functools.lru_cache(maxsize=4096)

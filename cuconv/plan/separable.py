@@ -15,7 +15,6 @@ multiprocessor, or as the memory or the L2 cache.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from cuconv.plan.conv import plan_conv
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
 from cuconv.plan.depthwise import plan_depthwise
 from cuconv.plan.depthwise_problem import CHEAP_ACTIVATIONS, inputs_of
-from cuconv.plan.mma import OLDEST, RATE_SHARE, RESULT_PADDING, SHARED_BYTES_A_CYCLE
+from cuconv.plan.mma import OLDEST, RESULT_PADDING, SHARED_BYTES_A_CYCLE, rate_share
 from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     ACTIVATION_CODES,
@@ -97,12 +96,12 @@ def plan_separable(
     try:
         fused = plan_fused(shape, filters, dtype, activation, aligned, limits)
     except PlanError as error:
-        return SeparablePlan(None, _rejecting(depthwise, str(error)))
+        return SeparablePlan(None, depthwise.rejecting(str(error)))
     pointwise = plan_conv(pointwise_shape(shape, filters), dtype, activation, (0, *aligned[2:]), limits)
-    pair = _seconds(depthwise) + _seconds(pointwise)
-    if _seconds(fused) < pair:
-        return SeparablePlan(_rejecting(fused, f"two launches: {pair * 1e6:.1f} us predicted"), depthwise)
-    return SeparablePlan(None, _rejecting(depthwise, f"{fused.reason}: {_seconds(fused) * 1e6:.1f} us predicted"))
+    pair = depthwise.seconds + pointwise.seconds
+    if fused.seconds < pair:
+        return SeparablePlan(fused.rejecting(f"two launches: {pair * 1e6:.1f} us predicted"), depthwise)
+    return SeparablePlan(None, depthwise.rejecting(fused.prediction))
 
 
 def pointwise_shape(shape: ConvShape, filters: int) -> ConvShape:
@@ -410,9 +409,8 @@ def _candidate(
         return None
 
     # A step, in cycles of a multiprocessor.
-    share = next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability)
-    clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
-    tensor = 2 * bm * bn * bk / (limits.fp16_rate * share / limits.multiprocessors) * clock
+    clock = limits.clock
+    tensor = 2 * bm * bn * bk / (limits.fp16_rate * rate_share(limits) / limits.multiprocessors) * clock
     items = bm * bk // (outputs * vec)
     pieces = [(taps, inner // taps), *([(inner % taps, 1)] if inner % taps else [])]
     x_loads = outer * sum(count * (each if rolling else inputs_of(outputs, each, step)) for each, count in pieces)
@@ -476,11 +474,3 @@ def _candidate(
         shared,
         cost,
     )
-
-
-def _seconds(plan: LaunchPlan) -> float:
-    return plan.cost.seconds if plan.cost else math.inf
-
-
-def _rejecting(plan: LaunchPlan, *words: str) -> LaunchPlan:
-    return dataclasses.replace(plan, rejected=(*plan.rejected, *words))

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan.cost import L2_FACTOR, LAUNCH_SECONDS
-from cuconv.plan.mma import OLDEST, RATE_SHARE
+from cuconv.plan.mma import OLDEST, rate_share
+from cuconv.plan.narrow import activation_instructions
 from cuconv.plan.occupancy import resident
 from cuconv.plan.types import (
     ACTIVATION_CODES,
@@ -68,8 +69,6 @@ _OUTER = (
     16,
 )  # positions of an outer axis in a tile; those that fill spans of 8 and 16 with 3 taps, too
 _AXES = ("Z", "P", "Q")
-# Instructions of an activation, those on the special units counted as four; others are like the last.
-_ACTIVATION = {"linear": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "hard_tanh": 2, "silu": 14, "sigmoid": 12, "": 36}
 
 
 @dataclass(frozen=True)
@@ -329,14 +328,13 @@ def _candidate(
     turn += own * (8 + 6 * shape.rank) + 30
     finished = -(-math.prod(tile) * filters // (vector_y * WARP))  # results of a lane, over all warps
     taps = columns // filters
-    finish = vector_y * (2 * taps + 2 + _ACTIVATION.get(activation, _ACTIVATION[""])) + 12 + 8 * shape.rank
+    finish = vector_y * (2 * taps + 2 + activation_instructions(activation)) + 12 + 8 * shape.rank
     instructions = tiles * (turns * turn + finished * finish + warps * (20 + 20 * shape.rank))
     met = 1 if vector_y == filters else 2  # neighbouring filters of neighbouring outputs, in a bank
     wavefronts = tiles * (turns * (read * (4 if tensor else 1) + stored) + finished * vector_y * taps * met)
-    cycles = limits.fp32_rate / (2 * limits.fp32_lanes)  # a second, of all multiprocessors together
+    cycles = limits.clock * limits.multiprocessors  # a second, of all of them together
     flops = tiles * turns * wm * groups_n * unit * chunks * _chunk(element) * 2
-    share = next(share for known, share in reversed(RATE_SHARE.items()) if known <= limits.capability or not tensor)
-    units = flops / (share * limits.fp16_rate) if tensor else flops / limits.fp32_rate
+    units = flops / (rate_share(limits) * limits.fp16_rate) if tensor else flops / limits.fp32_rate
     inside = math.prod(
         min(axis.span(size), -(-n // axis.dilation)) for axis, size, n in zip(axes, tile, shape.in_size, strict=True)
     )

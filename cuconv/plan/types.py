@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 
@@ -100,14 +100,17 @@ class DeviceLimits:
     fp64_rate: float
     fp16_rate: float = 0.0  # of the tensor cores, 16-bit products summed in fp32, no sparsity
     tf32_rate: float = 0.0  # of the tensor cores
-    dmma_rate: float = (
-        0.0  # of the tensor cores, in fp64; 0 too where they are no faster than one product after the other
-    )
+    dmma_rate: float = 0.0  # of the tensor cores, in fp64; 0 too where they are no faster than other units
 
     @cached_property
     def fp32_lanes(self) -> int:
         """Multiply-adds of float32 that a multiprocessor starts a cycle."""
         return fp32_lanes(self.capability)
+
+    @cached_property
+    def clock(self) -> float:
+        """Cycles a second, as the rate of float32 implies them."""
+        return self.fp32_rate / (2 * self.fp32_lanes * self.multiprocessors)
 
     @cached_property
     def capability(self) -> tuple[int, int]:
@@ -222,6 +225,20 @@ class LaunchPlan:
     def threads(self) -> int:
         """Threads of a block."""
         return math.prod(self.block)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted; infinite where no model tells."""
+        return self.cost.seconds if self.cost else math.inf
+
+    @property
+    def prediction(self) -> str:
+        """Why this plan and how long it would take, for the `rejected` of another."""
+        return f"{self.reason}: {self.seconds * 1e6:.1f} us predicted"
+
+    def rejecting(self, *words: str) -> LaunchPlan:
+        """The same plan, with more that was weighed and lost."""
+        return replace(self, rejected=(*self.rejected, *words))
 
     @property
     def tile(self) -> str:

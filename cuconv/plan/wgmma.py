@@ -141,9 +141,9 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     if not plans:
         raise PlanError("; ".join(map(str, found)))
     # Of those that are about as fast, the one that does least; where the memory is slow, they all are.
-    least = min(map(_seconds, plans))
+    least = min(plan.seconds for plan in plans)
     best = min(
-        (plan for plan in plans if _seconds(plan) <= CHOICE_FACTOR * least),
+        (plan for plan in plans if plan.seconds <= CHOICE_FACTOR * least),
         key=lambda plan: plan.cost.flops if plan.cost else 0,
     )
     lost = [plan if isinstance(plan, str) else _slower(plan) for plan in found if plan is not best]
@@ -303,7 +303,7 @@ def _cost(
     """The model above; `work`: operations done and needed."""
     bm, bn, gm, gn, bk = sizes
     row_bytes = 2 * bk
-    clock = limits.fp32_rate / (2 * limits.fp32_lanes * limits.multiprocessors)
+    clock = limits.clock
     tensor = 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
     copied = (rows + -(-bn // SLICE) * SLICE) * row_bytes
     # A product of 64 rows reads them, and all columns of the warpgroup.
@@ -330,9 +330,5 @@ def _reason(tile: tuple[int, int, int], stages: int, box: Box, tiles: int, cost:
     )
 
 
-def _seconds(plan: LaunchPlan) -> float:
-    return plan.cost.seconds if plan.cost else math.inf
-
-
 def _slower(plan: LaunchPlan) -> str:
-    return f"{plan.reason.partition(';')[0]}: {_seconds(plan) * 1e6:.1f} us predicted"
+    return f"{plan.reason.partition(';')[0]}: {plan.seconds * 1e6:.1f} us predicted"
