@@ -57,7 +57,7 @@ DEVICES = {
 }
 
 # The arithmetic that kernels are written for; a loop without multiply-adds is judged by its additions.
-MULTIPLY_ADDS = ("FFMA", "FFMA2", "DFMA", "HMMA", "HGMMA", "UTCHMMA")
+MULTIPLY_ADDS = ("FFMA", "FFMA2", "DFMA", "DMMA", "HMMA", "HGMMA", "UTCHMMA")
 ADDITIONS = ("FADD", "FADD2", "DADD")
 # Operations that an instruction of a warp takes the room of in its unit, by opcode and shape, and that unit's rate.
 UNITS = {
@@ -69,10 +69,10 @@ UNITS = {
     "DADD": (64, "fp64_rate"),
     "HMMA.16816": (4096, "fp16_rate"),
     "HMMA.1688.TF32": (2048, "tf32_rate"),
+    "DMMA.884": (512, "dmma_rate"),
+    "DMMA.16x8x8": (2048, "dmma_rate"),
     # Of a warp's quarter of a product.
-    "HGMMA.64x64x16": (32768, "fp16_rate"),
-    "HGMMA.64x128x16": (65536, "fp16_rate"),
-    "HGMMA.64x256x16": (131072, "fp16_rate"),
+    **{f"HGMMA.64x{n}x16": (512 * n, "fp16_rate") for n in range(8, 257, 8)},
 }
 MIX = 6  # opcodes told of a main loop
 
@@ -243,7 +243,7 @@ def _code(kernel: str, constants: tuple[tuple[str, int | str], ...], arch: str) 
 def busy(loop: disassembly.Code, limits: DeviceLimits) -> float:
     """The share of a pass in which the busiest arithmetic unit works, see :class:`Line`."""
     cycles = dict.fromkeys({rate for _, rate in UNITS.values()}, 0.0)
-    a_second = limits.fp32_rate / (2 * limits.fp32_lanes)  # cycles of all multiprocessors, four quarters each
+    a_second = limits.clock * limits.multiprocessors  # cycles of all of them, of four quarters each
     for opcode, (operations, rate) in UNITS.items():
         if peak := getattr(limits, rate):
             cycles[rate] += 4 * operations * loop.count(*opcode.split(".")) * a_second / peak

@@ -6,7 +6,7 @@
 #include "positions.cuh"
 
 // Set by the plan, besides those of positions.cuh: CHANNELS_FIRST UPSAMPLED SPLIT; conv_halo.cu defines HALO
-// SPLIT: a part of K has sums of its own, as large as y, which reduce_splits.cu adds up.
+// SPLIT: a part of K has sums of its own, as large as y, which conv_reduce.cu adds up.
 using Y = conditional<SPLIT, S, E>;
 
 struct Params {

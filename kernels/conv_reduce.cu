@@ -9,6 +9,7 @@
 // Work split   blockIdx.x: tile of THREADS * VEC sums; one thread VEC neighbouring ones. No shared memory.
 
 #include "activations.cuh"
+#include "parts.cuh"
 
 // Set by the plan: ELEMENT INDEX ACTIVATION THREADS VEC
 using E = ELEMENT;
@@ -26,13 +27,7 @@ struct Params {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_reduce(const __grid_constant__ Params p) {
   const Index i = (Index(blockIdx.x) * THREADS + threadIdx.x) * VEC;
   if (i >= p.count) return;
-  Vector<S, VEC> sum{};
-#pragma unroll 4
-  for (Index s = 0; s < p.splits; ++s) {
-    const Vector<S, VEC> part = load<VEC>(p.partial + s * p.count + i);
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) sum.at[v] = add(sum.at[v], part.at[v]);
-  }
+  Vector<S, VEC> sum = sum_of_parts<VEC>(p.partial, p.splits, p.count, i);
   Vector<E, VEC> result;
 #pragma unroll
   for (int v = 0; v < VEC; ++v) {

@@ -7,8 +7,22 @@ from pathlib import Path
 from unittest import mock
 
 import emulated
+import emulator
 
 from cuconv.cuda.runtime import kernel_directory
+
+WRONG = "wrong values"
+
+
+def what_catches(run, *arguments) -> set[str]:
+    """The kinds of the detector's reports of a run, WRONG where its result is, nothing where it passes."""
+    try:
+        run(*arguments)
+    except emulator.EmulationError as error:
+        return {report.kind for report in error.reports}
+    except AssertionError:
+        return {WRONG}
+    return set()
 
 
 @contextmanager

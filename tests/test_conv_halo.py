@@ -14,7 +14,7 @@ import oracle
 import pytest
 from compare import assert_close
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from strategies import uniform
 from test_conv_kernels import Case, forget_plans, last_blocks, name
 
@@ -236,8 +236,6 @@ def test_no_bank_conflicts(step, options):
 
 # --- Planted -----------------------------------------------------------------------------------------------------
 
-WRONG = "wrong result"
-
 
 def sequences(runtime):
     with only(*SMALL, "halo"):
@@ -289,16 +287,6 @@ PLANTS = [
     ("weights a step too far ahead", "ahead = (STAGES - 1) * W_BYTES;  //", "ahead = 0;  //", sequences, "race"),
     ("rows without padding", "constexpr int PITCH = X_ROW + 16;", "constexpr int PITCH = X_ROW;", sequences, None),
 ]  # fmt: skip
-
-
-def what_catches(run, runtime):
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 @emulated

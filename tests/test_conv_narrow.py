@@ -18,7 +18,7 @@ import pytest
 from compare import assert_close, dtype_of
 from disassembly import functions
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from strategies import uniform
 
 from cuconv import activations
@@ -557,8 +557,6 @@ def test_no_tile_takes_a_stack(number, device):
 
 # --- Planted bugs ------------------------------------------------------------------------------------------------
 
-WRONG = "wrong values"
-
 
 def odd(runtime):
     Case((2, 300, 1), (10, 1, 64), strides=5).check(runtime)
@@ -637,16 +635,6 @@ PLANTS = [
     ("weights not held", "      for (int step = 0; step < STEPS; ++step) fragments(held[step], ws, step);",
      "      for (int step = 0; step < STEPS; ++step) fragments(held[step], ws, 0);", copied, WRONG),
 ]  # fmt: skip
-
-
-def what_catches(run, runtime):
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 @emulated

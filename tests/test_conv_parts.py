@@ -7,8 +7,7 @@ from unittest import mock
 import emulator
 import pytest
 from emulated import EmulatedRuntime
-from planted import planted
-from test_conv_halo import what_catches
+from planted import WRONG, planted, what_catches
 from test_conv_kernels import LIMITS, Case, forget_plans, trace
 
 from cuconv.geometry import conv_shape
@@ -175,15 +174,15 @@ def ordinary(runtime):
 
 
 PLANTS = [
-    ("conv_reduce.cu", "s * p.count + i", "s * p.count", ended, "wrong result"),
+    ("parts.cuh", "s * count + i", "s * count", ended, WRONG),
     ("conv_reduce.cu", "if (i >= p.count) return;", "", first, "bounds"),
-    ("conv_reduce.cu", "[(i + v) / p.inner % p.filters]", "[i / p.inner % p.filters]", ended, "wrong result"),
-    ("conv_reduce.cu", "[(i + v) / p.inner % p.filters]", "[(i + v) % p.filters]", first, "wrong result"),
+    ("conv_reduce.cu", "[(i + v) / p.inner % p.filters]", "[i / p.inner % p.filters]", ended, WRONG),
+    ("conv_reduce.cu", "[(i + v) / p.inner % p.filters]", "[(i + v) % p.filters]", first, WRONG),
     ("conv_mma.cuh", "  y += part * p.total;\n", "", ended, "race"),
-    ("conv_halo.cu", "  first = part * p.chunk;\n", "", ended, "wrong result"),
-    ("conv_mma.cu", "  first = part * p.chunk;\n", "", first, "wrong result"),
-    ("conv_mma.cu", "(first + w_row) * p.w_pitch", "w_row * p.w_pitch", first, "wrong result"),
-    ("conv_simt.cu", "  k0 = part * p.chunk;\n", "", ordinary, "wrong result"),
+    ("conv_halo.cu", "  first = part * p.chunk;\n", "", ended, WRONG),
+    ("conv_mma.cu", "  first = part * p.chunk;\n", "", first, WRONG),
+    ("conv_mma.cu", "(first + w_row) * p.w_pitch", "w_row * p.w_pitch", first, WRONG),
+    ("conv_simt.cu", "  k0 = part * p.chunk;\n", "", ordinary, WRONG),
     ("conv_simt.cu", "  y += part * p.total;\n", "", ordinary, "race"),
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ import pytest
 from compare import assert_close, dtype_of
 from disassembly import functions
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from strategies import uniform
 
 from cuconv import activations
@@ -447,8 +447,6 @@ def test_no_problem_takes_a_stack(name, arch):
 
 # --- Planted bugs ------------------------------------------------------------------------------------------------
 
-WRONG = "wrong values"
-
 
 def line(runtime):
     Case((2, 300, 40), (5, 40, 3), padding="same").check(runtime)
@@ -498,16 +496,6 @@ PLANTS = [
     ("sums of the last columns", "if (n < COLUMNS) zs[n * PITCH + i * 16", "if (n < COLUMNS - 1) zs[n * PITCH + i * 16",
      line, "uninitialised"),
 ]  # fmt: skip
-
-
-def what_catches(run, runtime):
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 def every_second_one_exhaustive():

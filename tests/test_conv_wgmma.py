@@ -17,7 +17,7 @@ import oracle
 import pytest
 from compare import assert_close
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from strategies import uniform
 from test_conv_kernels import Case, around, last_blocks, name
 from test_static_gates import compiled
@@ -238,8 +238,6 @@ def test_no_bank_conflicts_and_whole_sectors():
 
 # --- Planted -----------------------------------------------------------------------------------------------------
 
-WRONG = "wrong values"
-
 
 def sequence(runtime):
     """Nine steps for six stages; boxes that end outside, steps and column tiles that do."""
@@ -361,16 +359,6 @@ def test_without_a_bug_nothing_is_caught():
     for run in {run for _, _, run, _ in PLANTS.values()}:
         with only(SMALL):
             assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
-
-
-def what_catches(run, runtime) -> set[str]:
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 # --- Plans -------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import oracle
 import pytest
 from compare import assert_close
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from test_depthwise_kernels import FIRST, ONE, WORKSPACE, Case, forget_plans, needs_nvrtc, trace
-from test_depthwise_toeplitz import WRONG, some, what_catches
+from test_depthwise_toeplitz import some
 
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.geometry import depthwise_shape

@@ -13,8 +13,8 @@ import pytest
 import test_depthwise_toeplitz as toeplitz
 from compare import assert_close
 from emulated import EmulatedRuntime
-from planted import planted
-from test_depthwise_toeplitz import ALIGNED, FIRST, WRONG, needs_nvrtc, phases_together, some, trace, what_catches
+from planted import WRONG, planted, what_catches
+from test_depthwise_toeplitz import ALIGNED, FIRST, needs_nvrtc, phases_together, some, trace
 
 from cuconv.cuda.runtime import kernel_directory
 from cuconv.geometry import depthwise_shape

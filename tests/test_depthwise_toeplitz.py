@@ -17,7 +17,7 @@ import pytest
 from compare import assert_close, dtype_of, poisoned
 from disassembly import functions
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from strategies import uniform
 
 from cuconv import activations
@@ -468,8 +468,6 @@ def test_no_variant_takes_a_stack(arch):
 
 # --- Planted bugs ------------------------------------------------------------------------------------------------
 
-WRONG = "wrong values"
-
 
 def of(name):
     def run(runtime):
@@ -538,16 +536,6 @@ PLANTS = [
      None),
     ("the bias of another channel", "const float bias = bs[c];", "const float bias = bs[0];", last, WRONG),
 ]  # fmt: skip
-
-
-def what_catches(run, runtime):
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 QUICK_PLANTS = ("no barrier before the products", "leaks are kept")

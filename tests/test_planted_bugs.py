@@ -11,7 +11,7 @@ import emulator
 import numpy as np
 import pytest
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from test_conv_kernels import LIMITS, Case, last_blocks, only
 
 from cuconv import geometry
@@ -21,7 +21,6 @@ from cuconv.plan import conv as conv_plans
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
 SMALL = (32, 32, 4, 4)
-WRONG = "wrong values"
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ PLANTS = [
           complex_kernel_grad, (WRONG,)),
     Plant("no barrier in the loop", "kernel_grad_simt.cu", LOOP, LOOP.replace("    __syncthreads();\n", ""),
           kernel_grad, ("race",)),
-    Plant("the last split forgotten", "reduce_splits.cu", "s < p.splits", "s < p.splits - 1", kernel_grad, (WRONG,)),
+    Plant("the last split forgotten", "parts.cuh", "s < splits", "s < splits - 1", kernel_grad, (WRONG,)),
     Plant("splits added as they come", "kernel_grad_simt.cu", "      store(dw + m * filters + n, v);",
           "for (int q = 0; q < VECW; ++q) atomicAdd(p.dw + g * p.columns + m * filters + n + q, v.at[q]);",
           every_seed, (WRONG,)),
@@ -211,16 +210,6 @@ def test_without_a_bug_nothing_is_caught():
         with only(dtype, tile):
             for run in {bug.run for bug in plants}:
                 assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
-
-
-def what_catches(run, runtime) -> set[str]:
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 # --- Mistakes in plans -------------------------------------------------------------------------------------------

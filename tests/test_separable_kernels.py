@@ -16,7 +16,7 @@ import oracle
 import pytest
 from compare import assert_close, eps, poisoned
 from emulated import EmulatedRuntime
-from planted import planted
+from planted import WRONG, planted, what_catches
 from strategies import uniform
 
 from cuconv import activations, ops
@@ -486,7 +486,6 @@ def test_machine_code(device, name):
 
 # --- Planted bugs ------------------------------------------------------------------------------------------------
 
-WRONG = "wrong values"
 PLANTED = {"shares": ((2, 4),)}  # what compiles fastest
 
 
@@ -660,16 +659,6 @@ PLANTS = [
         "race",
     ),
 ]
-
-
-def what_catches(run, runtime):
-    try:
-        run(runtime)
-    except emulator.EmulationError as error:
-        return {report.kind for report in error.reports}
-    except AssertionError:
-        return {WRONG}
-    return set()
 
 
 @emulated
