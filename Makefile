@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-exhaustive test-gpu sanitize lint test-keras bench-cpu bench-gpu clean
+.PHONY: help demo test test-exhaustive test-gpu sanitize lint test-keras test-bridges bench-cpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -21,7 +21,7 @@ demo: $(VENV)/.has-base  ## watch a Conv1D network learn from a smartwatch's sen
 	@$(ONE_THREAD) $(BIN)/cuconv demo
 
 test: $(VENV)/.has-test  ## run the tests that need no GPU and no Keras
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "not keras and not gpu and not exhaustive" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "not keras and not bridges and not gpu and not exhaustive" $(ARGS)
 
 test-exhaustive: $(VENV)/.has-test  ## run every kernel, tile and edge on the processor, 25 minutes at most
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "exhaustive and not gpu" $(ARGS)
@@ -41,6 +41,9 @@ test-keras: $(VENV)/.has-keras-test  ## compare every layer with a live Keras 3 
 	KERAS_BACKEND=torch $(BIN)/python -c "import keras, torch; print('Keras', keras.__version__, 'on torch', torch.__version__)"
 	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m keras $(ARGS)
 
+test-bridges: $(VENV)/.has-bridges-test  ## run torch, Keras, Dask and sigpy on our functions
+	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal -m "bridges and not gpu" $(ARGS)
+
 bench-cpu: $(VENV)/.has-bench  ## time the NumPy path against torch and onnxruntime, one thread
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.cpu $(ARGS)
 
@@ -59,7 +62,7 @@ $(VENV)/.has-test $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-$(VENV)/.has-keras-test $(VENV)/.has-bench: $(VENV)/.has-%: pyproject.toml | $(BIN)/pip
+$(VENV)/.has-keras-test $(VENV)/.has-bridges-test $(VENV)/.has-bench: $(VENV)/.has-%: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 

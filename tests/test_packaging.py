@@ -138,5 +138,5 @@ def test_every_target_of_the_makefile_is_described():
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     listed = set(re.findall(r"^  make ([a-z-]+) ", done.stdout, re.MULTILINE))
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
-    tests = {"test", "test-exhaustive", "test-gpu", "test-keras", "sanitize"}
+    tests = {"test", "test-exhaustive", "test-gpu", "test-keras", "test-bridges", "sanitize"}
     assert listed == set(phony.split()) == {"help", "demo", "lint", "bench-cpu", "bench-gpu", "clean", *tests}
