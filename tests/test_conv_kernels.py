@@ -56,6 +56,7 @@ def only(dtype: str, tile):
         mock.patch.object(plan_conv_module, "plan_halo", no_other),
         mock.patch.object(plan_conv_module, "plan_taps", no_other),
         mock.patch.object(plan_conv_module, "plan_wgmma", no_other),
+        mock.patch.object(plan_conv_module, "plan_wgmma_first", no_other),
         mock.patch.object(plan_conv_module, "plan_on_tensor_cores", gradients),
     ):
         forget_plans()

@@ -30,11 +30,12 @@ from cuconv.plan.types import (
     vector,
 )
 from cuconv.plan.wgmma import plan_wgmma
+from cuconv.plan.wgmma_first import plan_wgmma_first
 
 # conv_narrow.cu or conv_taps.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this
 # much faster.
 SPECIAL_FACTOR = 1.1
-WARPGROUP_FACTOR = 1.0  # conv_wgmma.cu is taken unless it is predicted to take longer
+WARPGROUP_FACTOR = 1.0  # conv_wgmma.cu or conv_wgmma_first.cu is taken unless it is predicted to take longer
 LONGEST_STEP = 64  # values of k, of any kernel
 FEW_BLOCKS = 2  # a multiprocessor: with fewer, either some are idle or the tiles are small ones for want of better
 PARTS = (2, 4, 8, 16)  # of K, that are weighed there
@@ -149,7 +150,8 @@ def plan_form(
 ) -> LaunchPlan:
     """The launch for `form`, of conv_simt.cu or of another kernel that computes it; arguments as :func:`plan_conv`."""
     plan = plan_by_warps(form, dtype, activation, aligned, limits, precision)
-    return _faster(plan, WARPGROUP_FACTOR, plan_wgmma, form, dtype, activation, aligned, limits)
+    by_warpgroups = plan_wgmma if form.shape.data_format == CHANNELS_LAST else plan_wgmma_first
+    return _faster(plan, WARPGROUP_FACTOR, by_warpgroups, form, dtype, activation, aligned, limits)
 
 
 def plan_by_warps(
