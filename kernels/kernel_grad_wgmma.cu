@@ -32,7 +32,7 @@
 #include "positions.cuh"
 #include "warpgroups.cuh"
 
-// Set by the plan: ELEMENT INDEX RANK (axes of positions)   HALO SPLIT   SLICES TAPS BN   SHARED   BOXES STAGES
+// Set by the plan: ELEMENT INDEX RANK (axes of positions)   HALO SPLIT   SLICES TAPS BN BK   SHARED BOXES STAGES
 constexpr int CHANNELS = 0, FILTERS = 1, TAPS_OF_BLOCK = 2;  // what warpgroups share: a value of SHARED
 constexpr int PARTS_C = SHARED == CHANNELS ? 2 : 1, PARTS_T = SHARED == TAPS_OF_BLOCK ? 2 : 1;
 constexpr int GC = SLICES / PARTS_C, GT = ceil_div(TAPS, PARTS_T), GN = SHARED == FILTERS ? BN / 2 : BN;
@@ -41,7 +41,8 @@ static_assert(GN == BN || GN % 64 == 0, "a warpgroup has whole slices of filters
 constexpr int PRODUCTS = GC * GT;          // of a warpgroup, at 16 positions
 static_assert(PRODUCTS * GN / 2 <= 192, "a thread has registers for 192 sums");
 constexpr int SLICES_D = ceil_div(BN, 64);
-constexpr int ROW_BYTES = 64 * sizeof(E), STEP = 16 * ROW_BYTES / 16;  // 16 positions, as descriptors count
+constexpr int ROW_BYTES = 64 * sizeof(E), D_BYTES = BK * ROW_BYTES;
+static_assert(BK % 16 == 0, "a product has 16 positions");
 using Result = conditional<SPLIT, S, E>;
 
 struct WarpgroupParams {
@@ -53,8 +54,8 @@ struct WarpgroupParams {
   Index tiles_c, tiles_n;
   Index groups, channels, columns, filters;  // channels and columns of one group, filters of all
   Index taps, count;                         // on the axis HALO; elements of dw
-  Index lines, steps, gap;                   // of a box: runs of 16 * steps rows, and how far apart two of x begin
-  Index stage_bytes, x_bytes, d_bytes;       // of a stage, and of a box
+  Index steps, gap;                          // a line of x has 16 * steps rows; to the next from its last 16, by 16 bytes
+  Index stage_bytes, x_bytes;                // of a stage, and of a box of x
   Index parts[RANK], part_step[RANK], part_taps[RANK];  // taps of other blocks: how many, what they add in x, and to r
   Index counts[RANK], x_step[RANK], x_from[RANK], d_step[RANK];  // boxes, and coordinates from one to the next
   Index box_from[BOXES];                     // of a box of x on HALO
@@ -110,7 +111,7 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& ti
       }
     }
 #pragma unroll
-    for (int j = 0; j < SLICES_D; ++j, to += p.d_bytes) {
+    for (int j = 0; j < SLICES_D; ++j, to += D_BYTES) {
       d_from[0] = tile.g * p.columns + tile.n0 + j * 64;
       ptx::load_box(to, &p.d_map, ring.full(), d_from);
     }
@@ -132,18 +133,22 @@ __device__ __forceinline__ void multiply(float (&acc)[PRODUCTS][GN / 2], const W
   for (int t = 0; t < GT; ++t) tap_from[t] = p.tap_from[smaller(tap + t, TAPS - 1)];  // a tap too many is not stored
   const unsigned slice_bytes = BOXES * p.x_bytes;
   const unsigned long long x_layout = layout(SWIZZLE_128, 8 * ROW_BYTES, 16);
-  const unsigned long long d_layout = layout(SWIZZLE_128, 8 * ROW_BYTES, p.d_bytes);
+  const unsigned long long d_layout = layout(SWIZZLE_128, 8 * ROW_BYTES, D_BYTES);
   unsigned before = 0;  // what is to be emptied, once the products of the step before are made
   for (Index box = tile.first; box < tile.end; ++box) {
     unsigned long long x = x_layout | (ring.memory() + slice * slice_bytes) >> 4;
-    unsigned long long d = d_layout | (ring.memory() + SLICES * slice_bytes + column / 64 * p.d_bytes) >> 4;
+    unsigned long long d = d_layout | (ring.memory() + SLICES * slice_bytes + column / 64 * D_BYTES) >> 4;
     ptx::barrier_wait(ring.full(), ring.parity);
     ptx::products_fence();
-    for (Index line = 0; line < p.lines; ++line, x += p.gap)
-      for (Index step = 0; step < p.steps; ++step, d += STEP)
+    int left = p.steps;  // products until the next line
 #pragma unroll
-        for (int i = 0; i < PRODUCTS; ++i)
-          multiply_tiles<true>(acc[i], x + (step * STEP + i / GT * (slice_bytes / 16) + tap_from[i % GT]), d, E{});
+    for (int k = 0; k < BK; k += 16) {
+#pragma unroll
+      for (int i = 0; i < PRODUCTS; ++i)
+        multiply_tiles<true>(acc[i], x + (i / GT * (slice_bytes / 16) + tap_from[i % GT]), d + k * ROW_BYTES / 16, E{});
+      x += --left ? 16 * ROW_BYTES / 16 : p.gap;
+      if (!left) left = p.steps;
+    }
     ptx::products_commit();
     ptx::products_wait<1>(acc);
     if (box > tile.first && lane == 0) ptx::barrier_arrive(before);

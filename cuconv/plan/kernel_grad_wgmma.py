@@ -429,10 +429,10 @@ def _candidate(
         return f"{name}: more blocks than a grid has"
     seconds, cost, splits, chunk = best
 
-    # A box of one line may have any number of positions on its axes; else a line is the halo's axis.
+    # Lines of the axis of the halo have what it brings more between them; without one, all positions are a line.
     lines = box.rows // (view.strands * box.sizes[view.halo]) if reach.span else 1
     line_rows = box.rows // lines
-    gap = x_rows // lines * SLICE_BYTES // 16
+    gap = (x_rows // lines - line_rows + STEP) * SLICE_BYTES // 16
     box_bytes = x_rows * SLICE_BYTES
     tap_from = (
         (number * box_bytes + shift * view.strands * SLICE_BYTES) // 16
@@ -455,6 +455,7 @@ def _candidate(
             ("SLICES", slices),
             ("TAPS", taps),
             ("BN", bn),
+            ("BK", box.rows),
             ("SHARED", SHARED[shared]),
             ("BOXES", len(reach.starts)),
             ("STAGES", stages),
@@ -463,8 +464,8 @@ def _candidate(
             *(box.steps, chunk, tiles_c, tiles_n),
             *(shape.groups, channels, columns, shape.filters),
             *(view.axes[view.halo].taps, count),
-            *(lines, line_rows // STEP, gap),
-            *(stage, box_bytes, box.rows * SLICE_BYTES),
+            *(line_rows // STEP, gap),
+            *(stage, box_bytes),
             *parts,
             *part_step,
             *part_taps,
