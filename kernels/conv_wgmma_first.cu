@@ -24,12 +24,12 @@
 //   Strips that no copy fills, for want of positions, stay zero.
 
 #include "conv.cuh"
+#include "warpgroups.cuh"
 
 // Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   SPAN STAGES VECY ACTIVATION
 static_assert(SPAN == 64 || SPAN == 32 || SPAN == 16, "a row of a strip is what a swizzle spans");
-constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
-static_assert(CONSUMERS == 2 && GM % 64 == 0 && GN % 64 == 0, "two warpgroups multiply 64 rows at a time");
+constexpr int GROUPS_N = BN / GN;
+static_assert(BM / GM * GROUPS_N == CONSUMERS && GM % 64 == 0 && GN % 64 == 0, "two warpgroups, 64 rows at a time");
 constexpr int TM = GM / 64;  // products of a warpgroup at one k
 constexpr int W_ROW_BYTES = 64 * sizeof(E), SLICE_BYTES = BK * W_ROW_BYTES, SLICES = BM / 64;
 constexpr int ROW_BYTES = SPAN * sizeof(E), STRIP_BYTES = BK * ROW_BYTES, STRIPS = BN / SPAN;
@@ -37,13 +37,6 @@ constexpr int W_BYTES = SLICES * SLICE_BYTES, STAGE_BYTES = W_BYTES + STRIPS * S
 constexpr int Y_PITCH = 64 + 8;  // the padding spreads what a warp writes over the banks
 constexpr int Y_BYTES = CONSUMERS * 4 * 16 * Y_PITCH * sizeof(E);
 
-// Registers of a thread, of the 168 that all have at first.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(GROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536, "more registers than there are");
-
-struct alignas(64) Map {
-  unsigned char bytes[128];
-};
 struct WarpgroupParams {
   Map x_map, w_map;  // axes: positions of the last axis, channels, the other axes, items; columns, channels, taps
   const E* x;        // read through their maps, as w
@@ -97,35 +90,8 @@ struct Tile {
   }
 };
 
-// The stages, one after the other: where the next one lies, its barriers, and the parity of the round it is in.
-struct Ring {
-  unsigned start, barriers, stage = 0, parity = 0;
-
-  __device__ __forceinline__ unsigned memory() const { return start + stage * STAGE_BYTES; }
-  __device__ __forceinline__ unsigned full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ unsigned empty() const { return full() + STAGES * 8; }
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
-// What a descriptor says besides the address, in units of 16 bytes: the swizzle, from 8 channels to the next 8, and of x
-// from one strip to the next.
-constexpr unsigned long long SWIZZLE_128 = 1ull << 62, SWIZZLE_64 = 2ull << 62, SWIZZLE_32 = 3ull << 62;
-constexpr unsigned long long X_SWIZZLE = SPAN == 64 ? SWIZZLE_128 : SPAN == 32 ? SWIZZLE_64 : SWIZZLE_32;
-constexpr unsigned long long X_LAYOUT = X_SWIZZLE | (8 * ROW_BYTES / 16ull) << 32 | (STRIP_BYTES / 16ull) << 16;
-constexpr unsigned long long W_LAYOUT = SWIZZLE_128 | (8 * W_ROW_BYTES / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
-
-__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long w, unsigned long long x, half_t) {
-  ptx::multiply_tiles_half<GN, true>(acc, w, x);
-}
-__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long w, unsigned long long x,
-                                               bfloat_t) {
-  ptx::multiply_tiles_bfloat<GN, true>(acc, w, x);
-}
-
 // Asks for the operands of all tiles of this block.
-__device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
+__device__ __forceinline__ void produce(const WarpgroupParams& p, Ring<STAGES> ring) {
   const unsigned copy = p.beside * STRIP_BYTES;
   for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number);
@@ -161,23 +127,27 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
 }
 
 // The sums of one tile.
-__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& ring, int row, int column) {
+__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring<STAGES>& ring, int row,
+                                         int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
 #pragma unroll
     for (int j = 0; j < GN / 2; ++j) acc[i][j] = 0;
+  constexpr unsigned long long w_layout = layout(SWIZZLE_128, 8 * W_ROW_BYTES, SLICE_BYTES);
+  constexpr unsigned long long x_layout =
+      layout(SPAN == 64 ? SWIZZLE_128 : SPAN == 32 ? SWIZZLE_64 : SWIZZLE_32, 8 * ROW_BYTES, STRIP_BYTES);
   unsigned before = 0;  // what is to be emptied, once the products of the step before are made
   for (Index step = 0; step < p.steps; ++step) {
-    const unsigned long long w = W_LAYOUT | (ring.memory() + row / 64 * SLICE_BYTES) >> 4;
-    const unsigned long long x = X_LAYOUT | (ring.memory() + W_BYTES + column / SPAN * STRIP_BYTES) >> 4;
+    const unsigned long long w = w_layout | (ring.memory() + row / 64 * SLICE_BYTES) >> 4;
+    const unsigned long long x = x_layout | (ring.memory() + W_BYTES + column / SPAN * STRIP_BYTES) >> 4;
     ptx::barrier_wait(ring.full(), ring.parity);
     ptx::products_fence();
 #pragma unroll
     for (int k = 0; k < BK; k += 16)
 #pragma unroll
       for (int i = 0; i < TM; ++i)
-        multiply_tiles(acc[i], w + (i * SLICE_BYTES + k * W_ROW_BYTES) / 16, x + k * ROW_BYTES / 16, E{});
+        multiply_tiles<true>(acc[i], w + (i * SLICE_BYTES + k * W_ROW_BYTES) / 16, x + k * ROW_BYTES / 16, E{});
     ptx::products_commit();
     ptx::products_wait<1>(acc);
     if (step > 0 && lane == 0) ptx::barrier_arrive(before);
@@ -192,14 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma_first(const 
   extern __shared__ __align__(1024) unsigned char memory[];
   const int thread = threadIdx.x;
   const unsigned start = ptx::shared_address(memory);
-  Ring ring{start, start + STAGES * STAGE_BYTES + Y_BYTES};
-  if (thread == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      ptx::barrier_init(ring.full() + stage * 8, 1);
-      ptx::barrier_init(ring.empty() + stage * 8, CONSUMERS * 4);  // each warp that multiplies
-    }
-    ptx::barriers_visible();
-  }
+  Ring<STAGES> ring{start, STAGE_BYTES, start + STAGES * STAGE_BYTES + Y_BYTES};
+  if (thread == 0) ring.init();
   const int filled = int(p.spans * p.beside) * STRIP_BYTES, spare = (STRIPS * STRIP_BYTES - filled) / 16;
   for (int at = thread; at < STAGES * spare; at += THREADS)
     store(reinterpret_cast<E*>(memory + at / spare * STAGE_BYTES + W_BYTES + filled + at % spare * 16), Vector<E, 8>{});

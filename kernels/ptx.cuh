@@ -189,8 +189,8 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
 }
 
 // d += a b:  64 x 16 by 16 x N of 16-bit elements in shared memory, which their descriptors tell of. Rows of a lie along
-// memory, where ACROSS columns of a do; rows of b lie along memory. A thread has sums 4j ..: row lane / 4 of its warp's
-// 16 at columns 8j + lane % 4 * 2 and the next, then row lane / 4 + 8 at the same.
+// memory, with A_ACROSS its columns, and rows of b do. A thread has sums 4j ..: row lane / 4 of its warp's 16 at columns
+// 8j + lane % 4 * 2 and the next, then row lane / 4 + 8 at the same.
 #define CUCONV_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CUCONV_SUMS_16(i) CUCONV_SUMS_4(i), CUCONV_SUMS_4(i + 4), CUCONV_SUMS_4(i + 8), CUCONV_SUMS_4(i + 12)
 #define CUCONV_SUMS_32 CUCONV_SUMS_16(0)
@@ -214,11 +214,11 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define CUCONV_SUMS_256 CUCONV_SUMS_192, CUCONV_SUMS_16(96), CUCONV_SUMS_16(112)
-#define CUCONV_MULTIPLY_TILES_OF(COLUMNS, TYPE, A, B, T)                                                              \
+#define CUCONV_MULTIPLY_TILES_OF(COLUMNS, TYPE, A, B, C)                                                              \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_##COLUMNS      \
-               "}, %" #A ", %" #B ", 1, 1, 1, %" #T ", 1;"                                                            \
+               "}, %" #A ", %" #B ", 1, 1, 1, %" #C ", 1;"                                                            \
                : CUCONV_SUMS_##COLUMNS                                                                                \
-               : "l"(a), "l"(b), "n"(int(ACROSS)))
+               : "l"(a), "l"(b), "n"(int(A_ACROSS)))
 #define CUCONV_MULTIPLY_TILES(TYPE)                                                                                   \
   static_assert(N % 32 == 0 && N <= 256 && N != 224, "a product of a warpgroup has no such number of columns here");  \
   if constexpr (N == 32)                                                                                              \
@@ -235,11 +235,11 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
     CUCONV_MULTIPLY_TILES_OF(192, TYPE, 96, 97, 98);                                                                  \
   else                                                                                                                \
     CUCONV_MULTIPLY_TILES_OF(256, TYPE, 128, 129, 130)
-template <int N, bool ACROSS = false>
+template <int N, bool A_ACROSS = false>
 __device__ __forceinline__ void multiply_tiles_half(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
   CUCONV_MULTIPLY_TILES("f16");
 }
-template <int N, bool ACROSS = false>
+template <int N, bool A_ACROSS = false>
 __device__ __forceinline__ void multiply_tiles_bfloat(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
   CUCONV_MULTIPLY_TILES("bf16");
 }

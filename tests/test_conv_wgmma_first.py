@@ -264,7 +264,6 @@ PLANTS = {
     "the producer waits for the wrong round": (
         "ring.empty(), ring.parity ^ 1", "ring.empty(), ring.parity",
         sequence, {"deadlock"}),
-    "a round that is not counted": ("stage = 0, parity ^= 1;", "stage = 0;", sequence, {"barrier"}),
     "fewer bytes than come": ("W_BYTES + p.spans * copy", "W_BYTES + copy", sequence, {"barrier"}),
     "more bytes than come": (
         "W_BYTES + p.spans * copy", "W_BYTES + STRIPS * STRIP_BYTES",
@@ -298,12 +297,12 @@ PLANTS = {
     "items behind the last": ("return inside && b < p.batch", "return inside", few_positions, {"bounds"}),
     "rows behind the last": ("inside = inside && to[a] < p.out[a];", "", sequence, {"bounds"}),
     "spans behind the last": ("inside = span < p.spans", "inside = true", two_of_three_spans, {"race"}),
-    "strips too close": ("(STRIP_BYTES / 16ull) << 16", "(STRIP_BYTES / 32ull) << 16", images, {WRONG}),
+    "strips too close": ("ROW_BYTES, STRIP_BYTES)", "ROW_BYTES, STRIP_BYTES / 2)", images, {WRONG}),
     "channels too far apart": (
-        "X_SWIZZLE | (8 * ROW_BYTES", "X_SWIZZLE | (16 * ROW_BYTES",
+        "SWIZZLE_32, 8 * ROW_BYTES", "SWIZZLE_32, 16 * ROW_BYTES",
         sequence, {"uninitialised"}),
     "another swizzle": ("SPAN == 32 ? SWIZZLE_64", "SPAN == 16 ? SWIZZLE_64", images, {WRONG}),
-    "w as if it lay along the sum": ("bfloat<GN, true>", "bfloat<GN, false>", sequence, {WRONG}),
+    "w as if it lay along the sum": ("multiply_tiles<true>", "multiply_tiles<false>", sequence, {WRONG}),
     "the k of the step before": ("x + k * ROW_BYTES / 16", "x + k / 2 * ROW_BYTES / 16", sequence, {WRONG}),
     "bias of the row 8 before": ("m + lane / 4 + half * 8; p", "m + lane / 4; p", sequence, {WRONG}),
     "y before it is there": (

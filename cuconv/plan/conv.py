@@ -14,6 +14,7 @@ from cuconv.plan import mma
 from cuconv.plan.cost import total
 from cuconv.plan.halo import plan_halo
 from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
+from cuconv.plan.kernel_grad_wgmma import plan_on_warpgroups
 from cuconv.plan.narrow import plan_narrow
 from cuconv.plan.reduce import plan_conv_reduce, plan_reduce
 from cuconv.plan.simt import BK, CHOICE_FACTOR, Operands, Product, Tile, choose_tile
@@ -352,16 +353,22 @@ def plan_kernel_grad(
         reason=f"{tile}; {splits} parts of {chunk} positions; {_why(tile, product, limits)}",
         rejected=rejected,
     )
-    found = [_with_reduction(grad, splits, count, dtype, aligned, limits)]
-    try:
-        tensor, splits = plan_on_tensor_cores(shape, element, aligned, most, grad, limits, precision)
-        found.insert(0, _with_reduction(tensor, splits, count, dtype, aligned, limits))
-    except PlanError as error:
-        return dataclasses.replace(found[0], grad=grad.rejecting(str(error)))
-    best = min(found, key=lambda plan: plan.seconds)
-    (other,) = (plan for plan in found if plan is not best)
-    word = f"{other.grad.reason}: {other.seconds * 1e6:.1f} us predicted"
-    return dataclasses.replace(best, grad=best.grad.rejecting(word, *other.grad.rejected))
+    found, words = [(grad, splits)], []
+    others: tuple[Callable[[], tuple[LaunchPlan, int]], ...] = (
+        lambda: plan_on_tensor_cores(shape, element, aligned, most, grad, limits, precision),
+        lambda: plan_on_warpgroups(shape, dtype, aligned, most, limits),
+    )
+    for plan_other in others:
+        try:
+            found.insert(0, plan_other())
+        except PlanError as error:
+            words.append(str(error))
+    plans = [_with_reduction(*each, count, dtype, aligned, limits) for each in found]
+    best = min(plans, key=lambda plan: plan.seconds)
+    for plan in plans:
+        if plan is not best:
+            words += [f"{plan.grad.reason}: {plan.seconds * 1e6:.1f} us predicted", *plan.grad.rejected]
+    return dataclasses.replace(best, grad=best.grad.rejecting(*words))
 
 
 def _with_reduction(

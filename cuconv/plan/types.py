@@ -137,7 +137,7 @@ class Cost:
 
 
 # Kernels with instructions that one architecture alone has: they are compiled for "sm_90a", not for "sm_90".
-SPECIFIC_KERNELS = frozenset({"conv_wgmma", "conv_wgmma_first"})
+SPECIFIC_KERNELS = frozenset({"conv_wgmma", "conv_wgmma_first", "kernel_grad_wgmma"})
 
 
 def compiled_for(kernel: str, arch: str) -> str:
