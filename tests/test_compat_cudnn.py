@@ -1,5 +1,6 @@
 """The convolutions of cupy.cudnn: what they compute, where they put it, and what they refuse."""
 
+import contextlib
 import inspect
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from compare import DTYPES, LAYOUTS, assert_close, empty_output, frozen, poisone
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BATCHES, GROUPS, PER_GROUP, RANKS, examples, uniform
-from test_engine import OnDevice, device  # noqa: F401  a fixture
+from test_engine import OnDevice, device, knowns  # noqa: F401  a fixture
 
 from cuconv import ops
 from cuconv.compat import cudnn
@@ -246,22 +247,23 @@ def test_the_same_is_computed(changed):
 
 
 @pytest.mark.parametrize("layout", [NCHW, NHWC])
-def test_images_and_products_are_not_copied(layout, monkeypatch):
-    seen = {}
+def test_only_kernels_are_copied(layout, monkeypatch):
+    """And they are in one piece, as calls are remembered on a GPU only then."""
+    seen = []
 
-    def noting(name):
-        return lambda *given, **keywords: seen.update({name: (*given, keywords)})
+    def noting(function):
+        return lambda *given, **keywords: seen.append((*given, keywords.get("out"))) or function(*given, **keywords)
 
     for name in ("conv", "conv_transpose", "conv_kernel_grad"):
-        monkeypatch.setattr(ops, name, noting(name))
+        monkeypatch.setattr(ops, name, noting(getattr(ops, name)))
     call = Call(2, (5, 4), (3, 2), (0, 0), (1, 1), (1, 1), 1, 2, 3, False, layout, layout)
     x, w, gy, *_ = call.arrays("float32")
     cudnn.convolution_forward(x, w, None, gy, *call.arguments, **FORWARD, **call.layouts)
     cudnn.convolution_backward_data(w, gy, None, x, *call.arguments, **BACKWARD, **call.layouts)
     cudnn.convolution_backward_filter(x, gy, w, *call.arguments, **BACKWARD, **call.layouts)
-    (x1, w1, _, forward), (gy2, w2, _, data), (x3, gy3, _, kernel) = seen.values()
-    assert x1 is x3 is data["out"] is x and forward["out"] is gy2 is gy3 is gy
-    assert all(np.shares_memory(each, w) for each in (w1, w2, kernel["out"])), "views, which the plan packs as it likes"
+    (x1, w1, _, gy1), (gy2, w2, _, x2), (x3, gy3, _, none) = seen
+    assert x1 is x2 is x3 is x and gy1 is gy2 is gy3 is gy and none is None
+    assert w1.flags.c_contiguous and w2.flags.c_contiguous and w1.shape == w2.shape == (3, 2, 2, 3)
 
 
 def test_the_workspace_is_a_bound_for_all_calls(monkeypatch):
@@ -424,6 +426,14 @@ def test_results_have_memory_of_their_own(y, text):
     assert np.all(x == 1)
 
 
+def test_a_gradient_that_cannot_be_written():
+    gw = np.full((2, 1, 3), 7.0)
+    gw.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        cudnn.convolution_backward_filter(np.ones((1, 1, 4)), np.ones((1, 2, 2)), gw, (0,), (1,), (1,), 1, **BACKWARD)
+    assert np.all(gw == 7)
+
+
 # --- On a GPU ------------------------------------------------------------------------------------------------------
 
 # Ranks, layouts, groups, dtypes and strides of arrays, each more than once; the first two run always.
@@ -451,8 +461,46 @@ EMULATED = [
 def test_the_kernels_compute_it(dtype, call, device):  # noqa: F811
     compare(call, dtype, lambda array: array.view(OnDevice))
     assert len(device.runtime.launches) >= 3
+    if set(call.memory) == {"contiguous"}:
+        tapes = [tape for known in knowns() for tape in known._tapes.values()]
+        assert len(tapes) == 3 and None not in tapes, "what is remembered is played at the next call"
 
 
+@pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+def test_what_cupy_does_it_does_on_the_gpu_of_the_arrays(device, monkeypatch):  # noqa: F811
+    """A copy that CuPy makes lies on the GPU that is current."""
+    current = []
+
+    class Gpu(contextlib.AbstractContextManager):
+        def __enter__(self):
+            current.append(self)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    class Careful(OnDevice):
+        def copy(self):
+            assert current
+            return super().copy()
+
+        def conj(self):
+            assert current
+            return super().conj()
+
+        def __setitem__(self, *given):
+            assert current
+            super().__setitem__(*given)
+
+    monkeypatch.setattr(OnDevice, "device", Gpu())
+    call = Call(1, (5,), (2,), (1,), (1,), (1,), 1, 2, 2)
+    x, w, gy, *_ = (each.view(Careful) for each in call.arrays("complex64"))
+    cudnn.convolution_forward(x, w, None, gy, *call.arguments, **FORWARD)
+    cudnn.convolution_backward_data(w, gy, None, x, *call.arguments, **BACKWARD)
+    cudnn.convolution_backward_filter(x, gy, w, *call.arguments, **BACKWARD)
+    assert not current
+
+
+@pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 def test_arrays_of_two_places_are_refused(device):  # noqa: F811
     x, w, y = zeros(2, 2, 7, 6), zeros(4, 2, 3, 3), poisoned((2, 4, 5, 4), "float32")
     for number in range(3):

@@ -46,7 +46,9 @@ Weak points:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -122,7 +124,9 @@ def convolution_forward(
     shape, w, options = _convolution(
         ("x", x), ("W", W), ("y", y), b, pad, stride, dilation, groups, tensor_core, d_layout, w_layout
     )
-    ops.conv(x, w, _bias(b, shape.filters), out=y, **options)
+    bias = _bias(b, shape.filters)
+    with _place(x):
+        ops.conv(x, _in_one_piece(w), bias, out=y, **options)
 
 
 def convolution_backward_filter(
@@ -148,7 +152,8 @@ def convolution_backward_filter(
     shape, gw, options = _convolution(
         ("x", x), ("gW", gW), ("gy", gy), None, pad, stride, dilation, groups, tensor_core, d_layout, w_layout
     )
-    ops.conv_kernel_grad(x, gy, shape.w_shape, out=gw, **options)
+    with _place(x):
+        gw[...] = ops.conv_kernel_grad(x, gy, shape.w_shape, **options)
 
 
 def convolution_backward_data(
@@ -182,7 +187,9 @@ def convolution_backward_data(
     )
     spans = zip(shape.in_size, options["padding"], shape.k_eff, shape.strides, strict=True)
     unread = tuple((n + before + after - k) % s for n, (before, after), k, s in spans)  # behind the last window
-    ops.conv_transpose(x, w.conj(), _bias(b, shape.in_channels), output_padding=unread, out=y, **options)
+    bias = _bias(b, shape.in_channels)
+    with _place(x):
+        ops.conv_transpose(x, _in_one_piece(w).conj(), bias, output_padding=unread, out=y, **options)
 
 
 def _convolution(
@@ -198,7 +205,7 @@ def _convolution(
     d_layout: int,
     w_layout: int,
 ) -> tuple[geometry.ConvShape, Array, dict[str, Any]]:
-    """The convolution that the arguments describe, its kernel as [taps.., C / groups, F], and the keywords of `ops`."""
+    """The convolution that the arguments describe, a view of its kernel as [taps.., C / groups, F], and keywords."""
     (x_name, x), (w_name, w), (y_name, y) = image, kernel, product
     _check_arrays(image, kernel, product, *([] if b is None else [("b", b)]))
     shapes = f"{x_name}.shape={x.shape}, {w_name}.shape={w.shape}, {y_name}.shape={y.shape}"
@@ -258,6 +265,16 @@ def _data_format(layout: int, name: str) -> str:
             f"`{name}` must be CUDNN_TENSOR_NCHW (0) or CUDNN_TENSOR_NHWC (1). Received: {name}={layout!r}"
         )
     return _DATA_FORMATS[layout]
+
+
+def _place(array: Array) -> AbstractContextManager[Any]:
+    """Makes the GPU of `array` the current one: CuPy's own functions compute there."""
+    return array.device if runtime.is_gpu_array(array) else contextlib.nullcontext()
+
+
+def _in_one_piece(w: Array) -> Array:
+    """A copy of w where it needs one: calls with arrays in one piece are remembered on a GPU, and played again."""
+    return w if w.flags.c_contiguous else w.copy()
 
 
 def _bias(b: Array | None, channels: int) -> Array | None:
