@@ -446,6 +446,8 @@ class Model(Layer):
         size = 32 if batch_size is None else geometry.as_int(batch_size)
         if size is None or size < 1:
             raise ValueError(f"`batch_size` must be an integer >= 1. Received: batch_size={batch_size!r}")
+        if device not in (None, "cpu", "gpu"):
+            raise ValueError(f'`device` must be None, "cpu" or "gpu". Received: device={device!r}')
         inputs = [each if hasattr(each, "dtype") else np.asarray(each) for each in self._arranged(x)]
         if any(hasattr(each, "__dask_graph__") for each in inputs):
             # By name, as it stands above this module and Dask may not be there.
@@ -485,8 +487,6 @@ class Model(Layer):
 
     def _placing(self, device: str | None, inputs: list[Array]) -> tuple[Callable[[Array], Array], Array]:
         """What brings arrays to where the model computes, and an array that lives there."""
-        if device not in (None, "cpu", "gpu"):
-            raise ValueError(f'`device` must be None, "cpu" or "gpu". Received: device={device!r}')
         homes = {leaf._home for leaf in self._leaves()} - {None}
         if device == "cpu" or (device is None and homes == {np.ndarray}):
             place: Callable[[Array], Array] = _host_array

@@ -137,7 +137,7 @@ def predict(model: models.Model, inputs: Sequence[Any], batch_size: int = 32, de
     stateful = [leaf.name for leaf in model._leaves() if getattr(leaf, "stateful", False)]
     if stateful:
         raise ValueError(f"chunks have no order, so no layer may be stateful. Received: stateful layers {stateful}")
-    samples = next(each.chunks[0] for each in inputs if isinstance(each, da.Array) and each.ndim)
+    samples = next((each.chunks[0] for each in inputs if isinstance(each, da.Array) and each.ndim), ())
     arrays = [_batched(each, samples) for each in inputs]
     model = copy.deepcopy(model)
     model._accept(tuple(np.empty((0, *each.shape[1:]), each.dtype) for each in arrays))
