@@ -539,8 +539,8 @@ class Halo:
         Inputs [a, b) have the outputs p with ``a <= p * stride < b``, the last ones also those beyond, so that with
         stride 1 "same" and "causal" keep the lengths. None is 0, unless there are no outputs: then it is the only one.
         """
-        ends = [min(-(-end // self.stride), out_size) for end in itertools.accumulate(in_chunks)]
-        ends[-1] = out_size
+        inner = list(itertools.accumulate(length for length in in_chunks if length))[:-1]
+        ends = [*(min(-(-end // self.stride), out_size) for end in inner), out_size]
         lengths = (end - start for start, end in zip((0, *ends), ends, strict=False))
         return tuple(length for length in lengths if length) or (0,)
 
