@@ -9,6 +9,7 @@ import pytest
 from compare import DTYPES, assert_close, dtype_of, eps, is_complex, is_half
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.console import Console
 from strategies import Problem, convolutions, depthwise_convolutions, examples, uniform
 
 from cuconv import geometry, layers, ops
@@ -505,3 +506,17 @@ def test_processes_give_the_same_bits():
         values = [future.result() for future in client.compute(arrays)]
         for value, other in zip(values, expected, strict=True):
             assert value.tobytes() == other.tobytes()
+
+
+def test_more_data_than_memory(capfd):
+    """The example, with less of both: every figure is there, and the outputs at borders are right."""
+    pytest.importorskip("distributed")
+    from cuconv.demo import larger_than_memory
+
+    sizes = {"gigabytes": 0.005, "memory": 0.4, "workers": 1, "chunk": 1 << 13}
+    report = larger_than_memory.demonstrate(Console(), **sizes)
+    assert report["right"] is True and 0 <= report["off"] <= 1e-5 * report["largest"]
+    assert report["gigabytes"] == pytest.approx(0.005, rel=0.01) and report["limit_gigabytes"] == 0.4
+    assert 0.02 < report["peak_gigabytes"] < 0.4 and 0.1 < report["mean"] < report["largest"]
+    shown = capfd.readouterr().out
+    assert "100% Completed" in shown and "GB went through" in shown
