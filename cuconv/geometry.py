@@ -22,6 +22,7 @@ Batch and spatial sizes may be None (unknown); what depends on them is None too.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -520,6 +521,28 @@ class Halo:
             return 0, 0
         first = -(-(start + self.before - self.extent + 1) // self.stride)
         return first, (stop - 1 + self.before) // self.stride + 1
+
+    def piece(self, start: int, stop: int, in_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The inputs [first, last) within [0, in_size) that outputs [start, stop) read, and the zeros (before, after).
+
+        With those zeros for `padding`, the convolution of that piece alone is exactly these outputs.
+        """
+        begin, end = self.input_range(start, stop)
+        first = min(max(begin, 0), in_size)
+        last = max(first, min(end, in_size))
+        before = min(max(0, -begin), end - begin)
+        return (first, last), (before, end - begin - (last - first) - before)
+
+    def out_chunks(self, in_chunks: Sequence[int], out_size: int) -> tuple[int, ...]:
+        """Lengths in which `out_size` outputs are split where the inputs are split in `in_chunks`.
+
+        Inputs [a, b) have the outputs p with ``a <= p * stride < b``, the last ones also those beyond, so that with
+        stride 1 "same" and "causal" keep the lengths. None is 0, unless there are no outputs: then it is the only one.
+        """
+        inner = list(itertools.accumulate(length for length in in_chunks if length))[:-1]
+        ends = [*(min(-(-end // self.stride), out_size) for end in inner), out_size]
+        lengths = (end - start for start, end in zip((0, *ends), ends, strict=False))
+        return tuple(length for length in lengths if length) or (0,)
 
 
 def halo(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -200,6 +201,28 @@ class Model(Layer):
         self.built = True
         if trainable is not None:
             self.trainable = trainable
+
+    # --- Copies ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle is made of: layers and calls in a row, which can be of any depth."""
+        state, graph = super().__getstate__(), self._graph
+        if graph is not None:
+            nodes = [step.node for step in graph.steps]
+            tensors = [*graph.inputs, *(tensor for node in nodes for tensor in node.outputs)]
+            places = {tensor: place for place, tensor in enumerate(tensors)}
+            calls = [(node.layer, [places[tensor] for tensor in node.inputs]) for node in nodes]
+            state["_graph"] = graph.inputs, calls, [places[tensor] for tensor in graph.outputs]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["_graph"] is not None:
+            inputs, calls, outputs = state["_graph"]
+            tensors = list(inputs)
+            for layer, places in calls:
+                tensors += to_tuple(layer._connect(tuple(tensors[place] for place in places)))
+            self._graph = Graph(inputs, [tensors[place] for place in outputs])
 
     # --- Facts ---
 
@@ -412,6 +435,7 @@ class Model(Layer):
         """The outputs for host data of any size, as NumPy arrays, computed batch by batch.
 
         On a GPU, batches are copied there and back while others are computed; the weights move there once.
+        For Dask arrays the outputs are Dask arrays too, computed later: :func:`cuconv.interop.dask.predict`.
 
         Args:
             x: an array, maybe memory-mapped, a list of them, or a dict by input name; the first axes have one length.
@@ -422,7 +446,12 @@ class Model(Layer):
         size = 32 if batch_size is None else geometry.as_int(batch_size)
         if size is None or size < 1:
             raise ValueError(f"`batch_size` must be an integer >= 1. Received: batch_size={batch_size!r}")
+        if device not in (None, "cpu", "gpu"):
+            raise ValueError(f'`device` must be None, "cpu" or "gpu". Received: device={device!r}')
         inputs = [each if hasattr(each, "dtype") else np.asarray(each) for each in self._arranged(x)]
+        if any(hasattr(each, "__dask_graph__") for each in inputs):
+            # By name, as it stands above this module and Dask may not be there.
+            return importlib.import_module("cuconv.interop.dask").predict(self, inputs, size, device)
         count = inputs[0].shape[0] if inputs[0].ndim else 0
         if any(each.ndim == 0 or each.shape[0] != count for each in inputs):
             raise ValueError(
@@ -458,8 +487,6 @@ class Model(Layer):
 
     def _placing(self, device: str | None, inputs: list[Array]) -> tuple[Callable[[Array], Array], Array]:
         """What brings arrays to where the model computes, and an array that lives there."""
-        if device not in (None, "cpu", "gpu"):
-            raise ValueError(f'`device` must be None, "cpu" or "gpu". Received: device={device!r}')
         homes = {leaf._home for leaf in self._leaves()} - {None}
         if device == "cpu" or (device is None and homes == {np.ndarray}):
             place: Callable[[Array], Array] = _host_array
@@ -687,6 +714,14 @@ class Sequential(Model):
                 tensors.append(_only_tensor(layer, tensors[-1]))
             self._tensors = tensors
             self._rejoin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_tensors": self._tensors[:1]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._graph is not None:
+            self._tensors = [*self._graph.inputs, *(step.node.outputs[0] for step in self._graph.steps)]
 
     def _rejoin(self) -> None:
         """Makes the graph of the layers there are now."""

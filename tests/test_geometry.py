@@ -1,10 +1,14 @@
 """Every shape and padding rule by literal numbers, every shape error by its text, and the rules by exhaustion."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import oracle
 import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from strategies import examples
 
 from cuconv import geometry
 from cuconv.geometry import conv_shape, depthwise_shape, halo, transpose_shape
@@ -316,6 +320,56 @@ def test_an_empty_range_reads_and_reaches_nothing():
     (axis,) = halo(3, 2, 1, "valid")
     assert axis.input_range(4, 4)[0] == axis.input_range(4, 4)[1]
     assert axis.output_range(4, 4)[0] == axis.output_range(4, 4)[1]
+
+
+@st.composite
+def strided_axes(draw):
+    """An axis of a convolution with at least one output: n, k, s, d and the padding."""
+    n, k, s, d = (draw(st.integers(least, most)) for least, most in ((0, 12), (1, 5), (1, 4), (1, 3)))
+    padding = draw(st.sampled_from(("valid", "same", "causal")) | st.tuples(st.integers(0, 15), st.integers(0, 15)))
+    assume(len(oracle.window_starts(n, k, s, d, padding)))
+    return n, k, s, d, padding
+
+
+@examples(400)
+@given(strided_axes(), st.integers(0, 99), st.integers(0, 99))
+@example((3, 2, 1, 1, (9, 9)), 2, 5)  # nothing but zeros in front,
+@example((3, 2, 1, 1, (9, 9)), 15, 18)  # and behind
+def test_a_piece_is_the_convolution_of_what_it_reads(axis, start, stop):
+    n, k, s, d, padding = axis
+    x, w = np.arange(1.0, n + 1).reshape(1, n, 1), 10.0 ** np.arange(k).reshape(k, 1, 1)
+    whole = oracle.conv(x, w, strides=s, dilation_rate=d, padding=padding)
+    (one,) = halo(k, s, d, as_padding(padding), in_size=n)
+    start, stop = sorted(end % (whole.shape[1] + 1) for end in (start, stop))
+    assume(start < stop)
+    (first, last), (before, after) = one.piece(start, stop, n)
+    assert 0 <= first <= last <= n and min(before, after) >= 0
+    piece = oracle.conv(x[:, first:last], w, strides=s, dilation_rate=d, padding=(before, after))
+    np.testing.assert_array_equal(piece, whole[:, start:stop])
+    assert before + last - first + after == (stop - start - 1) * s + (k - 1) * d + 1, "not a position too many"
+
+
+@examples(300)
+@given(strided_axes(), st.lists(st.integers(0, 12), max_size=5))
+@example((12, 3, 4, 1, "same"), [2, 3, 4])
+@example((0, 2, 1, 1, (3, 1)), [0])
+def test_out_chunks_go_with_the_input_at_their_stride(axis, cuts):
+    n, k, s, d, padding = axis
+    chunks = [b - a for a, b in itertools.pairwise((0, *sorted(min(cut, n) for cut in cuts), n))]
+    owners = [number for number, length in enumerate(chunks) for _ in range(length)] or [0]
+    outputs = len(oracle.window_starts(n, k, s, d, padding))
+    counts = Counter(owners[min(p * s, len(owners) - 1)] for p in range(outputs))
+    (one,) = halo(k, s, d, as_padding(padding), in_size=n)
+    lengths = one.out_chunks(chunks, outputs)
+    assert list(lengths) == [counts[number] for number in sorted(counts)]
+    if s == 1 and padding in ("same", "causal"):
+        assert list(lengths) == [length for length in chunks if length]
+
+
+def test_no_outputs_are_one_chunk_of_none():
+    (one,) = halo(3, 2, 1, "same", in_size=0)
+    assert one.out_chunks((0, 0), 0) == (0,)
+    assert one.piece(0, 0, 0) == ((0, 0), (0, 0))
 
 
 # --- Reshaping ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Models: graphs, passes, the summary, prediction and configuration."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 from layer_cases import PLAIN, DeviceArray, check_gradients, outputs_of, second_place, with_random_weights
+from strategies import uniform
 
 import cuconv
 from cuconv import layers
@@ -45,6 +48,76 @@ def two_branches(dtype="float64"):
     top = layers.Conv1D(3, 2, name="top", dtype=dtype, activity_regularizer="l2")
     first = shared(shared(a))
     return randomize(Model([a, b], [top(first), first, shared(b)]))
+
+
+# --- Copies ------------------------------------------------------------------------------------------------------
+
+copies = pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+
+
+def nested():
+    inner = Sequential([Input((6, 2)), layers.Conv1D(3, 2, name="first"), layers.Conv1D(2, 1, name="second")])
+    x = Input((6, 2))
+    y = inner(x)
+    return randomize(Model(x, [layers.Conv1D(2, 2, name="own")(y), inner.layers[1](layers.Conv1D(3, 1)(y)), y]))
+
+
+MODELS = {"chain": example, "branches": two_branches, "nested": nested}
+
+
+@copies
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_copy_is_the_same_model_with_arrays_of_its_own(copied, make):
+    model = make()
+    inputs = [uniform(np.random.default_rng(1), (2, *t.shape[1:]), t.dtype) for t in model.inputs]
+    expected = outputs_of(model(inputs))
+    config, nodes = model.get_config(), [len(layer._nodes) for layer in model.layers]
+    twin = copied(model)
+    assert twin.get_config() == config == model.get_config()
+    assert [len(layer._nodes) for layer in model.layers] == nodes
+    assert len(twin.weights) == len(model.weights) and twin.output_shape == model.output_shape
+    for weight in model.weights:
+        weight[...] = 7
+    for y, z in zip(outputs_of(twin(inputs)), expected, strict=True):
+        np.testing.assert_array_equal(y, z)
+    assert [layer._nodes[0].layer is layer for layer in twin.layers if layer._nodes] == [True] * len(twin.layers)
+
+
+@copies
+def test_a_sequential_model_can_be_copied_at_any_time(copied):
+    model = Sequential(name="stack")
+    assert copied(model).layers == [] and not copied(model).built
+    model.add(layers.Conv1D(3, 2, name="first"))
+    twin = copied(model)
+    assert [layer.name for layer in twin.layers] == ["first"] and not twin.built
+    twin.build((None, 6, 2))
+    assert twin.output_shape == (None, 5, 3) and not model.built
+    started = copied(Sequential([Input((6, 2))]))
+    started.add(layers.Conv1D(3, 2))
+    assert started.output_shape == (None, 5, 3)
+    twin = copied(twin)
+    twin.add(layers.Conv1D(4, 2, name="second"))
+    assert twin.output_shape == (None, 4, 4)
+    twin.pop()
+    assert twin.output_shape == (None, 5, 3) and twin.compute_output_shape((2, 8, 2)) == (2, 7, 3)
+
+
+@copies
+def test_a_model_of_many_layers_can_be_copied(copied):
+    model = Sequential([Input((1, 1)), *(layers.Conv1D(1, 1, name=f"at_{i}") for i in range(250))])
+    assert len(copied(model).layers) == 250
+
+
+@copies
+def test_a_copy_leaves_behind_what_a_pass_has_left(copied):
+    model = example()
+    y = model.forward(np.ones((2, 128, 9), "float32"))
+    model.backward(np.ones_like(y))
+    assert model.gradients and model._context is not None
+    twin = copied(model)
+    assert not twin.gradients and twin._context is None and len(pickle.dumps(twin)) < 1.5 * 4 * model.count_params()
+    model.backward(np.ones_like(y))
+    assert twin.count_params() == 9100
 
 
 # --- Symbolic calls ----------------------------------------------------------------------------------------------

@@ -328,6 +328,11 @@ class Layer:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} name={self.name}, built={self.built}>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: neither the calls that joined it to others nor what a pass has left."""
+        own = [node for node in self._nodes if not node.inputs]
+        return {**self.__dict__, "_nodes": own, "_context": None, "gradients": []}
+
     # --- Facts ---
 
     @property
