@@ -151,7 +151,7 @@ WINDOWS = (  # strides, padding, dilation, groups
     (2, (1, 2), 3, 2),
 )
 GRID = list(itertools.product(FAMILIES, (1, 2, 3), ("channels_last", "channels_first"), range(len(WINDOWS))))
-CHECKS = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def operator_arguments(family, rank, data_format, window, dtype=torch.float64):
@@ -187,8 +187,7 @@ def operators_of(family):
 
 @pytest.mark.parametrize("family, rank, data_format, window", GRID)
 def test_operators_pass_torchs_checks(family, rank, data_format, window):
-    """opcheck of the three operators; gradcheck and gradgradcheck, of which the second one differentiates the others."""
-    torch.use_deterministic_algorithms(False)  # it cannot be had together with the random numbers of these checks
+    """opcheck of the three operators; gradcheck; gradgradcheck, which differentiates the two others."""
     tensors, options = operator_arguments(family, rank, data_format, window)
     forward, input_grad, kernel_grad = operators_of(family)
     x, *kernels, _ = tensors
@@ -201,7 +200,10 @@ def test_operators_pass_torchs_checks(family, rank, data_format, window):
         (input_grad, [dy, *kernels, list(x.shape)]),
         (kernel_grad, [x, dy, *both, *shape]),
     ):
-        assert set(torch.library.opcheck(operator, (*arguments, *options)).values()) == {"SUCCESS"}
+        # The last one compiles, so it is made once a family, rank and layout.
+        checks = CHECKS if window == len(WINDOWS) - 1 else CHECKS[:-1]
+        done = torch.library.opcheck(operator, (*arguments, *options), test_utils=checks)
+        assert done == dict.fromkeys(checks, "SUCCESS")
     assert torch.autograd.gradcheck(lambda *given: forward(*given, *options), tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *given: forward(*given, *options), tensors, fast_mode=True)
 
@@ -327,7 +329,6 @@ def dynamo():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_calls_are_one_graph(backend, dynamic, dynamo):
-    torch.use_deterministic_algorithms(False)
     dynamo.clear()
 
     def net(x, w, v, u, d, p):
@@ -337,7 +338,7 @@ def test_compiled_calls_are_one_graph(backend, dynamic, dynamo):
 
     weights = [torch.randn(shape) for shape in ((4, 3, 3, 3), (8, 1, 3, 3), (8, 4, 2, 2), (4, 1, 3, 3), (2, 4, 1, 1))]
     compiled = torch.compile(net, backend=backend, dynamic=dynamic, fullgraph=True)
-    for size in (9, 12, 14):
+    for size in (9, 12):
         for memory in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 3, size, size + 1).to(memory_format=memory).requires_grad_()
             expected, actual = net(x, *weights), compiled(x, *weights)
@@ -345,7 +346,7 @@ def test_compiled_calls_are_one_graph(backend, dynamic, dynamo):
             assert actual.stride() == expected.stride()
             torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)))
     # One graph a layout where sizes are symbols, else one a size too.
-    assert dynamo["stats"]["unique_graphs"] == (2 if dynamic else 6)
+    assert dynamo["stats"]["unique_graphs"] == (2 if dynamic else 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
