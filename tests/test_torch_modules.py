@@ -1,12 +1,14 @@
 """Modules of the bridge to torch, and models that change over, before, in and after training."""
 
 import copy
+import inspect
 import itertools
 
 import pytest
 from torch_cases import poisoned, torch  # noqa: F401
 
 import cuconv.interop.torch as bridge
+from cuconv import reference
 from cuconv.interop.torch import replacing
 
 nn = torch.nn
@@ -146,6 +148,28 @@ def test_options_are_checked_and_shown():
         bridge.Conv2d(1, 2, 3, data_format="NHWC")
     with pytest.raises(ValueError, match="`precision` must be .*Received: precision='medium'"):
         bridge.ConvTranspose2d(1, 2, 3, precision="medium")
+
+
+@pytest.mark.parametrize("name", ["Conv1d", "ConvTranspose1d", "SeparableConv1d"])
+def test_the_precision_reaches_every_pass(name, monkeypatch):
+    seen = []
+
+    def spied(function):
+        def spy(*arguments, **keywords):
+            seen.append(inspect.signature(function).bind(*arguments, **keywords).arguments.get("precision"))
+            return function(*arguments, **keywords)
+
+        return spy
+
+    for function in ("conv", "conv_transpose", "kernel_grad", "separable_conv", "separable_input_grad"):
+        monkeypatch.setattr(reference, function, spied(getattr(reference, function)))
+    monkeypatch.setattr(reference, "separable_kernel_grad", spied(reference.separable_kernel_grad))
+    for precision in ("highest", "high"):
+        x = torch.randn(2, 4, 9, requires_grad=True)
+        layer = getattr(bridge, name)(4, 6, 3, precision=precision)
+        layer(x).square().sum().backward()
+        assert seen == [precision] * 3
+        seen.clear()
 
 
 def test_modules_are_copied_and_moved_like_torchs():

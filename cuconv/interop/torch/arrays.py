@@ -35,7 +35,7 @@ def placed(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if not tensor.is_cuda:
         return contextlib.nullcontext()
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return runtime.borrowed(tensor.device.index, stream, torch.cuda.caching_allocator_alloc, _free)
+    return runtime.borrowed(tensor.get_device(), stream, torch.cuda.caching_allocator_alloc, _free)
 
 
 def _free(address: int, device: int) -> None:
