@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import types
+import warnings
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
@@ -346,6 +347,7 @@ def _module(fake):
 
     class ExternalStream(Stream):
         def __init__(self, ptr, device_id=-1):
+            warnings.warn("ExternalStream is deprecated.", DeprecationWarning, stacklevel=2)
             self.number, self.ptr, self._device = ptr, ptr, None if device_id < 0 else device_id
 
     Stream.null = Stream(null=True)
