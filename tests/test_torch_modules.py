@@ -144,6 +144,9 @@ def test_options_are_checked_and_shown():
     assert repr(bridge.Conv1d(1, 2, 3, data_format="channels_last", precision="high")).endswith(
         "data_format='channels_last', precision='high')"
     )
+    assert "SeparableConv1d(\n  data_format='channels_last'\n" in repr(
+        bridge.SeparableConv1d(1, 2, 3, data_format="channels_last")
+    )
     with pytest.raises(ValueError, match="`data_format` must be .*Received: data_format='NHWC'"):
         bridge.Conv2d(1, 2, 3, data_format="NHWC")
     with pytest.raises(ValueError, match="`precision` must be .*Received: precision='medium'"):

@@ -2,7 +2,11 @@
 
 Each is a subclass of the module of the same name: constructor, parameters, initial values, state_dict, repr and
 whatever else is torch's stay torch's, and code that asks ``isinstance(module, torch.nn.Conv2d)`` gets the answer that
-it expects. Two keywords come on top, `data_format` and `precision`, and padding "causal" of :class:`Conv1d`.
+it expects. Two keywords come on top, `data_format` and `precision`, and padding "causal" of :class:`Conv1d`; what they
+do stands in :mod:`cuconv.interop.torch.functional`.
+
+A separable module takes `depth_multiplier` in the place of `groups`, the channels in the middle for each of the input,
+and holds its parameters as the two modules `depthwise` and `pointwise`, so that it loads the weights of two of torch's.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ class _Options(nn.Module):
 
     def extra_repr(self) -> str:
         changed = [name for name in ("data_format", "precision") if getattr(self, name) != getattr(_Options, name)]
-        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)!r}" for name in changed)])
+        told = [super().extra_repr(), *(f"{name}={getattr(self, name)!r}" for name in changed)]
+        return ", ".join(filter(None, told))
 
 
 class _Conv(_Options):
@@ -169,8 +174,6 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 
 
 class _SeparableConv(_Options):
-    """Depthwise, then pointwise, in one step; `depthwise` and `pointwise` hold the parameters, as modules do."""
-
     _conv: Any
 
     def __init__(
