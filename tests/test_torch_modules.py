@@ -392,19 +392,28 @@ def test_devices_and_gpus_without_cupy_are_reasons(monkeypatch):
     monkeypatch.setattr(layer, "parameters", lambda: [elsewhere], raising=False)
     assert bridge.replace(layer).left[0].reason == "cuconv does not compute on mps"
     elsewhere.device.type, elsewhere.is_cuda = "cuda", True
-    unusable = replacing.runtime.Probe(False, "CuPy is not installed")
+    unusable = replacing.runtime.Probe(False, "no CuPy; `pip install cuconv[cuda12x]`")
     monkeypatch.setattr(replacing.runtime, "probe", lambda: unusable)
-    assert bridge.replace(layer).left[0].reason == "CuPy is not installed"
+    report = bridge.replace(layer)
+    assert report.left[0].reason == unusable.reason and unusable.reason in str(report)
+
+
+class Gated(bridge.Conv1d):
+    def forward(self, x):
+        return super().forward(x).sigmoid()
 
 
 def test_what_torch_has_not_is_not_restored():
-    model = nn.Sequential(bridge.Conv1d(2, 2, 3, padding="causal"), bridge.Conv1d(2, 2, 3, data_format="channels_last"))
+    model = nn.Sequential(
+        bridge.Conv1d(2, 2, 3, padding="causal"), bridge.Conv1d(2, 2, 3, data_format="channels_last"), Gated(2, 2, 3)
+    )
     report = bridge.restore(model)
     assert [swap.reason for swap in report.left] == [
         "torch has no padding='causal'",
         "torch has no data_format='channels_last'",
+        "a class of its own (test_torch_modules.Gated), its forward may be another one",
     ]
-    assert all(type(module) is bridge.Conv1d for module in model)
+    assert [type(module) for module in model] == [bridge.Conv1d, bridge.Conv1d, Gated]
 
 
 def test_parametrized_modules_stay_apart_from_their_copies():
