@@ -85,6 +85,16 @@ def test_positional_arguments_are_in_torchs_order(name):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_torchs_with_two_keywords_more(name):
+    theirs, ours = (inspect.signature(getattr(library, name)).parameters for library in (nn, bridge))
+    assert [(each.name, each.default) for each in theirs.values()] == [
+        (each.name, each.default) for each in list(ours.values())[:-2]
+    ]
+    assert list(ours)[-2:] == ["data_format", "precision"]
+    assert nn.utils.skip_init(getattr(bridge, name), 4, 8, 3).weight.shape[2:] == (3,) * int(name[-2])
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("last", [False, True])
 def test_output_size_of_transposed_modules(rank, last):

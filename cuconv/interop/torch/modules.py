@@ -122,9 +122,38 @@ def _padded(conv: Any, input: Tensor, data_format: str) -> tuple[Tensor, Any]:
 
 class _ConvTranspose(_Options):
     def __init__(
-        self, *arguments: Any, data_format: str = CHANNELS_FIRST, precision: str = "highest", **keywords: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Sizes = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        data_format: str = CHANNELS_FIRST,
+        precision: str = "highest",
     ) -> None:
-        super().__init__(*arguments, **keywords)
+        inherited: Any = super()
+        inherited.__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
         self._take(data_format, precision)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
