@@ -1,7 +1,7 @@
-"""The bridge to torch on GPUs: on a CuPy without CUDA (tests/fake_cupy.py), in the emulator, and on a GPU if there is one.
+"""The bridge to torch on GPUs: on a CuPy without CUDA (tests/fake_cupy.py), in the emulator, and on a real one.
 
 A tensor of the first part lies in the memory of the CPU and says that it is on GPU 1. What is shown is where work goes
-and what memory it takes. In the second part our kernels compute, on tensors of the CPU; in the third all is as it is.
+and what memory it takes. In the second part our kernels compute, on tensors of the CPU; the third part needs a GPU.
 """
 
 import copy
