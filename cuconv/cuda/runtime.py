@@ -619,6 +619,29 @@ def on(device: int) -> AbstractContextManager[Any]:
     return manager
 
 
+@contextlib.contextmanager
+def borrowed(
+    device: int, stream: int, allocate: Callable[[int, int], int], free: Callable[[int, int], None]
+) -> Generator[None, None, None]:
+    """Lets CuPy work on the stream of another library, in memory of that library's pool.
+
+    Args:
+        device: number of a GPU, the current one while this is open.
+        stream: the driver's handle; 0 is the default stream.
+        allocate: bytes, device -> address.
+        free: address, device.
+    """
+    cupy = _cupy()
+    pool = cupy.cuda.PythonFunctionAllocator(allocate, free)
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device), cupy.cuda.using_allocator(pool.malloc):
+        yield
+
+
+def from_dlpack(array: Any) -> Array:
+    """A CuPy array on the memory of another library's array."""
+    return _cupy().from_dlpack(array)
+
+
 def device_array(array: Any, device: int | None = None) -> Any:
     """`array` on a GPU: `device`, or else the current one, or else the first that cuconv has kernels for."""
     cupy = _cupy()
