@@ -107,8 +107,9 @@ def test_every_argument_reaches_its_place():
     arguments = {
         "filters": 4, "kernel_size": 3, "strides": 2, "padding": "same", "data_format": "channels_first",
         "dilation_rate": 1, "groups": 2, "activation": "tanh", "use_bias": True, "kernel_initializer": "he_normal",
-        "bias_initializer": "ones", "kernel_regularizer": regularizers.L2(1.0), "bias_regularizer": regularizers.L2(2.0),
-        "activity_regularizer": regularizers.L2(3.0), "kernel_constraint": constraints.MaxNorm(4.0),
+        "bias_initializer": "ones", "kernel_regularizer": regularizers.L2(1.0),
+        "bias_regularizer": regularizers.L2(2.0), "activity_regularizer": regularizers.L2(3.0),
+        "kernel_constraint": constraints.MaxNorm(4.0),
         "bias_constraint": constraints.MaxNorm(5.0),
     }  # fmt: skip
     expected = layers.Conv1D(**arguments, dtype="float16", name="c").get_config()
