@@ -57,14 +57,13 @@ def fresh_names():
 @contextmanager
 def policy(name):
     """Layers made inside have this dtype policy; losses and metrics are kept in its variables' dtype."""
-    before = keras.config.dtype_policy(), keras.config.floatx()
-    keras.config.set_dtype_policy(name)
     keras.config.set_floatx("float64" if name == "float64" else "float32")
+    keras.config.set_dtype_policy(name)
     try:
         yield
     finally:
-        keras.config.set_dtype_policy(before[0])
-        keras.config.set_floatx(before[1])
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
 
 
 @contextmanager
@@ -104,7 +103,7 @@ def causal():
             K.SeparableConv1D(6, 3, depth_multiplier=2, activation="tanh"),
             K.DepthwiseConv1D(2, padding="same", use_bias=False),
             K.Conv1DTranspose(5, 3, strides=2, output_padding=1, activation="gelu"),
-            K.GlobalAveragePooling1D(),
+            K.Flatten(),
             K.Dense(1),
         ]
     )
@@ -159,7 +158,7 @@ class Residual(keras.Model):
         y = self.first["conv"](x)
         for block in self.blocks:
             y = y + block(y)
-        return self.head(keras.ops.mean(y, 1))
+        return self.head(y[:, -1])  # Keras' mean would round to float32
 
 
 MODELS = {  # maker, input shape, layers that cuconv computes, their calls for one batch
@@ -169,7 +168,7 @@ MODELS = {  # maker, input shape, layers that cuconv computes, their calls for o
     "recurrent": (recurrent, (4, 9, 2), 3, 5 + 4 + 5),  # Keras' loop computes the first step twice
     "residual": (Residual, (12, 3), 4, 4),
 }
-CLOSE = {"float64": 1e-10, "float32": 2e-4, "mixed_float16": 0.1, "mixed_bfloat16": 0.3}
+CLOSE = {"float64": 1e-12, "float32": 1e-5, "mixed_float16": 0.02, "mixed_bfloat16": 0.1}
 
 
 def data(shape, count=12):
@@ -178,14 +177,20 @@ def data(shape, count=12):
     return x, np.tanh(3 * x.mean(axis=tuple(range(1, x.ndim)))).astype("float32")[:, None]
 
 
-def trained(name, inside, **options):
-    """Everything that a training leaves: history, predictions, scores and weights; and the model."""
+def trained(name, inside, dtype="float32", **options):
+    """Everything that a training leaves: history, predictions, scores and weights; and what `inside` gave."""
+    keras.backend.clear_session(free_memory=False)  # the names of the weights start again
     make, shape, *_ = MODELS[name]
-    keras.utils.set_random_seed(3)
-    model = make()
+    with policy(dtype):
+        keras.utils.set_random_seed(3)
+        model = make()
+        return trained_model(model, data(shape), inside, **options)
+
+
+def trained_model(model, samples, inside, **options):
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     model.compile(optimizer, "mse", metrics=["mae"])
-    x, y = data(shape)
+    x, y = samples
     with inside(model) as acceleration, torch.backends.mkldnn.flags(enabled=False):
         history = model.fit(x, y, batch_size=4, epochs=2, validation_split=0.34, verbose=0, **options).history
         found = {
@@ -194,7 +199,7 @@ def trained(name, inside, **options):
             "scores": np.array(model.evaluate(x, y, batch_size=12, verbose=0)),
         }
     found |= {f"weight {w.path}": keras.ops.convert_to_numpy(w.value) for w in model.weights}
-    return found, model, acceleration
+    return found, acceleration
 
 
 @contextmanager
@@ -209,23 +214,22 @@ def assert_alike(found, expected, close):
         have, want = found[key].astype("float64"), want.astype("float64")
         assert np.isfinite(want).all() and np.isfinite(have).all(), key
         assert have.shape == want.shape, key
-        assert np.abs(have - want).max(initial=0) <= close * max(np.abs(want).max(initial=0), 0.1), key
+        allowed = max(close, 1e-6) if key.startswith(("history", "scores")) else close  # Keras sums those in float32
+        assert np.abs(have - want).max(initial=0) <= allowed * max(np.abs(want).max(initial=0), 0.1), key
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("name", MODELS)
 def test_fit_gives_what_it_gives_without_us(name, dtype):
-    with policy(dtype):
-        expected, model, _ = trained(name, untouched)
-        names = [w.path for w in model.weights]
-        keras.backend.clear_session(free_memory=False)
-        found, model, acceleration = trained(name, ours_alone)
-    assert [w.path for w in model.weights] == names
+    expected, _ = trained(name, untouched, dtype)
+    found, acceleration = trained(name, ours_alone, dtype)
     assert_alike(found, expected, CLOSE[dtype])
     _, _, layers, calls = MODELS[name]
     assert (len(acceleration.accelerated), acceleration.left) == (layers, ())
-    # Two epochs of two batches and two of validation, a prediction and an evaluation of one batch each.
-    assert acceleration.calls == calls * (2 * (2 + 2) + 1 + 1)
+    # Two epochs of two batches and two of validation, a prediction and an evaluation of one batch each. In mixed
+    # precision Keras learns the shapes of a functional model by running it once more.
+    batches = 2 * (2 + 2) + 1 + 1 + (dtype.startswith("mixed") and name != "residual")
+    assert acceleration.calls == calls * batches
     assert any(np.abs(np.diff(values)).max() > 1e-3 for key, values in found.items() if "history" in key), "no training"
 
 
@@ -244,9 +248,8 @@ def test_callbacks_see_the_same_model(tmp_path):
             keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / (1 + epoch)),
         ]
 
-    expected, _, _ = trained("causal", untouched, callbacks=callbacks("theirs"))
-    keras.backend.clear_session(free_memory=False)
-    found, _, _ = trained("causal", ours_alone, callbacks=callbacks("ours"))
+    expected, _ = trained("causal", untouched, callbacks=callbacks("theirs"))
+    found, _ = trained("causal", ours_alone, callbacks=callbacks("ours"))
     assert_alike(found, expected, CLOSE["float32"])
     assert seen == [False] * (len(seen) // 2) + [True] * (len(seen) // 2) != []
     x, _ = data((16, 4))

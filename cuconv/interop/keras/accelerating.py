@@ -178,7 +178,7 @@ def _switch(layer: Any, use: Use, precision: str) -> None:
             with _lock:
                 present = list(users)
                 for each, _ in present:
-                    each.calls += 1
+                    each.calls += not getattr(next(iter((*args, *kwargs.values())), None), "is_meta", False)
             # Without users this was kept by someone who had got hold of it while it was ours.
             return compute(layer, present[-1][1], *args, **kwargs) if present else original(*args, **kwargs)
 
