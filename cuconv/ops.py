@@ -892,7 +892,7 @@ def _geometry(rule: Callable[..., ConvShape], *arguments: Any) -> ConvShape:
 
 def _plain(value: Any) -> bool:
     kind = type(value)
-    return kind in (int, str, type(None)) or (kind is tuple and all(type(entry) is int for entry in value))
+    return kind in (int, str, type(None)) or (kind is tuple and all(map(_plain, value)))
 
 
 def _compute(

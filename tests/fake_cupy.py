@@ -8,12 +8,14 @@ again at once although streams may still use it; new memory holds NaN. So a miss
 early gives wrong numbers. `launches` lists the kernels started, `waits` counts how often the host waited for a stream.
 """
 
+import contextlib
 import ctypes
 import random
 import struct
 import sys
 import threading
 import types
+import warnings
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
@@ -212,6 +214,9 @@ def _module(fake):
         def astype(self, dtype, copy=True):
             return self if self.dtype == dtype and not copy else fake.compute(lambda x: x.astype(dtype), self)
 
+        def view(self, dtype):
+            return ndarray(self.host.view(dtype), self.block, self._device)
+
         def conj(self):
             return fake.compute(np.conjugate, self) if self.dtype.kind == "c" else self
 
@@ -238,8 +243,31 @@ def _module(fake):
     def empty(shape, dtype=float):
         dtype = np.dtype(dtype)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        block = Block(fake.block(nbytes), (fake.stream(), nbytes))
+        borrowed = getattr(fake.local, "allocator", None)
+        block = borrowed(nbytes) if borrowed else Block(fake.block(nbytes), (fake.stream(), nbytes))
         return ndarray(block.data.view(dtype).reshape(shape), block, fake.device)
+
+    class PythonFunctionAllocator:
+        def __init__(self, malloc_func, free_func):
+            self.functions = malloc_func, free_func
+
+        def malloc(self, nbytes):
+            malloc, free = self.functions
+            device, address = fake.device, malloc(nbytes, fake.device)
+            data = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+            return type("Memory", (), {"data": data, "__del__": lambda self: free(address, device)})()
+
+    @contextlib.contextmanager
+    def using_allocator(allocator):
+        previous, fake.local.allocator = getattr(fake.local, "allocator", None), allocator
+        try:
+            yield
+        finally:
+            fake.local.allocator = previous
+
+    def from_dlpack(array):
+        host = np.from_dlpack(array)
+        return ndarray(host, host, fake.device)
 
     def asarray(values):
         if isinstance(values, ndarray):
@@ -250,7 +278,8 @@ def _module(fake):
         fake.enqueue(lambda: np.copyto(host, values))
         return array
 
-    cupy.ndarray, cupy.empty, cupy.asarray = ndarray, empty, asarray
+    cupy.ndarray, cupy.empty, cupy.asarray, cupy.from_dlpack = ndarray, empty, asarray, from_dlpack
+    cuda.PythonFunctionAllocator, cuda.using_allocator = PythonFunctionAllocator, using_allocator
     cupy.ascontiguousarray = lambda x: x if x.host.flags.c_contiguous else x.copy()
     cupy.asnumpy = lambda x: x.get()
 
@@ -316,6 +345,11 @@ def _module(fake):
             key = self.key
             fake.run_until(lambda: not fake.queues[key])
 
+    class ExternalStream(Stream):
+        def __init__(self, ptr, device_id=-1):
+            warnings.warn("ExternalStream is deprecated.", DeprecationWarning, stacklevel=2)
+            self.number, self.ptr, self._device = ptr, ptr, None if device_id < 0 else device_id
+
     Stream.null = Stream(null=True)
 
     class Event:
@@ -330,7 +364,7 @@ def _module(fake):
             number = self.records
             fake.run_until(lambda: fake.reached[self] >= number)
 
-    cuda.Device, cuda.Stream, cuda.Event = Device, Stream, Event
+    cuda.Device, cuda.Stream, cuda.ExternalStream, cuda.Event = Device, Stream, ExternalStream, Event
     cuda.get_current_stream = lambda: fake.streams[fake.device]
     cuda.memory = SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
 

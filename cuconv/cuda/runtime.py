@@ -19,6 +19,7 @@ import operator
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -357,6 +358,7 @@ class CudaRuntime:
             "_c_contiguous" if quick else "flags.c_contiguous"
         )
         self._constants: dict[Hashable, list[Any]] = {}  # key -> array, the event after its copy until it has passed
+        self._borrowed: dict[int, Any] = {}  # streams of other libraries, by their handles
         self._kernels: dict[tuple[str, cubins.Constants], Any] = {}
         self._dynamic_bytes: dict[tuple[str, cubins.Constants], int] = {}
         # By identity: to hash a plan takes longer than all the rest. The entry holds the plan, so no other one gets its
@@ -395,6 +397,28 @@ class CudaRuntime:
                 with self._cupy.cuda.Device(self.device):
                     self._cupy.cuda.get_current_stream().wait_event(copied)
         return array
+
+    @contextlib.contextmanager
+    def borrowing(
+        self, stream: int, allocate: Callable[[int, int], int], free: Callable[[int, int], None]
+    ) -> Generator[None, None, None]:
+        """While this is open, CuPy works on a stream of another library, in memory of that library's pool.
+
+        Args:
+            stream: the driver's handle; 0 is the default stream.
+            allocate: bytes, device -> address.
+            free: address, device.
+        """
+        cuda = self._cupy.cuda
+        borrowed = self._borrowed.get(stream)
+        if borrowed is None:
+            with warnings.catch_warnings():
+                # CuPy 14 would have Stream.from_external in its place, whose streams destroy what they borrowed.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                borrowed = self._borrowed.setdefault(stream, cuda.ExternalStream(stream, self.device))
+        pool = cuda.PythonFunctionAllocator(allocate, free)
+        with cuda.Device(self.device), borrowed, cuda.using_allocator(pool.malloc):
+            yield
 
     def address(self, array: Array) -> int:
         """Where the first element lies.
@@ -617,24 +641,6 @@ def on(device: int) -> AbstractContextManager[Any]:
     """Makes a GPU the current one of CuPy."""
     manager: AbstractContextManager[Any] = _cupy().cuda.Device(device)
     return manager
-
-
-@contextlib.contextmanager
-def borrowed(
-    device: int, stream: int, allocate: Callable[[int, int], int], free: Callable[[int, int], None]
-) -> Generator[None, None, None]:
-    """Lets CuPy work on the stream of another library, in memory of that library's pool.
-
-    Args:
-        device: number of a GPU, the current one while this is open.
-        stream: the driver's handle; 0 is the default stream.
-        allocate: bytes, device -> address.
-        free: address, device.
-    """
-    cupy = _cupy()
-    pool = cupy.cuda.PythonFunctionAllocator(allocate, free)
-    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device), cupy.cuda.using_allocator(pool.malloc):
-        yield
 
 
 def from_dlpack(array: Any) -> Array:

@@ -14,19 +14,21 @@ Weak points:
 
 * On a CPU this is mostly slower than torch itself, and uses the threads of NumPy's BLAS, not torch's.
 * A GPU needs CuPy beside torch: ``pip install "cuconv[cuda12x]"`` or ``[cuda13x]``.
-* Every call of a kernel has the price of a custom operator written in Python, some ten microseconds, and rearranges its
-  weights. torch.compile does not look into operators, so activations are not fused with them.
+* An operator written in Python costs a tenth of a millisecond of the host's time, so small layers are slow, and every
+  call rearranges its weights. torch.compile does not look into operators: activations are not fused with them.
 * A CUDA graph can capture a call only after it was made once: the first one compiles and uploads tables.
-* Forward-mode derivatives and TorchScript are not supported. torch.func.vmap goes through a loop.
+* torch.func's transforms, forward-mode derivatives, torch.jit and torch.fx.symbolic_trace are not supported.
 * TF32 is chosen by `precision`, not by torch's switches, and is not the default.
 """
 
 try:
-    from torch.library import custom_op as _needed  # noqa: F401
+    import torch
 except ImportError as error:
-    if error.name == "torch":
-        raise ImportError('cuconv.interop.torch needs PyTorch: pip install "cuconv[torch]"', name="torch") from error
-    raise ImportError('cuconv.interop.torch needs PyTorch 2.4 or newer: pip install "cuconv[torch]"') from error
+    raise ImportError('cuconv.interop.torch needs PyTorch: pip install "cuconv[torch]"', name=error.name) from error
+if not hasattr(torch.library, "custom_op"):
+    raise ImportError(
+        f'cuconv.interop.torch needs PyTorch 2.4: pip install "cuconv[torch]". Received: {torch.__version__}'
+    )
 
 from cuconv.interop.torch import functional, ops
 from cuconv.interop.torch.modules import (

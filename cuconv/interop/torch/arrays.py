@@ -35,7 +35,8 @@ def placed(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if not tensor.is_cuda:
         return contextlib.nullcontext()
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return runtime.borrowed(tensor.device.index, stream, torch.cuda.caching_allocator_alloc, _free)
+    gpu = runtime.current(tensor.get_device())
+    return gpu.borrowing(stream, torch.cuda.caching_allocator_alloc, _free)
 
 
 def _free(address: int, device: int) -> None:

@@ -160,6 +160,9 @@ def _of_rank(function: Callable[..., Tensor], rank: int) -> Callable[..., Tensor
     """`function` for kernels of one rank."""
 
     def ranked(input: Tensor, weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+            given = f"{type(input).__name__}, {type(weight).__name__}"
+            raise TypeError(f"`input` and `weight` must be tensors. Received: {given}")
         if weight.dim() != rank + 2:
             raise ValueError(f"`weight` must have {rank + 2} axes. Received: weight.shape={tuple(weight.shape)}")
         return function(input, weight, *arguments, **keywords)

@@ -90,17 +90,8 @@ class _Conv(_Options):
             self.padding = padding
             self._reversed_padding_repeated_twice = [(self.kernel_size[0] - 1) * self.dilation[0], 0]
 
-    def padded(self, input: Tensor) -> tuple[Tensor, Any]:
-        """The input and the padding that is left to do: zeros are, all else is done as torch does it, by a copy."""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        rank, last = len(self.kernel_size), self.data_format == CHANNELS_LAST
-        first = input.movedim(-1, -1 - rank) if last else input
-        first = nn.functional.pad(first, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return first.movedim(-1 - rank, -1) if last else first, 0
-
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = self.padded(input)
+        input, padding = _padded(self, input, self.data_format)
         return functional.conv(
             input,
             weight,
@@ -112,6 +103,16 @@ class _Conv(_Options):
             data_format=self.data_format,
             precision=self.precision,
         )
+
+
+def _padded(conv: Any, input: Tensor, data_format: str) -> tuple[Tensor, Any]:
+    """The input and the padding of `conv` that is left to do: zeros are, all else is done as in torch, by a copy."""
+    if conv.padding_mode == "zeros":
+        return input, conv.padding
+    rank, last = len(conv.kernel_size), data_format == CHANNELS_LAST
+    first = input.movedim(-1, -1 - rank) if last else input
+    first = nn.functional.pad(first, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    return first.movedim(-1 - rank, -1) if last else first, 0
 
 
 class _ConvTranspose(_Options):
@@ -209,7 +210,7 @@ class _SeparableConv(_Options):
 
     def forward(self, input: Tensor) -> Tensor:
         first = self.depthwise
-        input, padding = first.padded(input)
+        input, padding = _padded(first, input, self.data_format)
         return functional.separable_conv(
             input,
             first.weight,

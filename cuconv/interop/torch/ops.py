@@ -14,6 +14,7 @@ The functions here take what cuconv.ops takes but `activation`, `out` and `works
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,9 +79,25 @@ def _operator(
 
 def _keywords(options: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     """The options of a function of cuconv.ops: tuples, and padding in pairs."""
-    found = dict(zip(options, (tuple(each) if isinstance(each, list) else each for each in values), strict=True))
+    found = dict(zip(options, map(_frozen, values), strict=True))
     flat = found["padding"]
     return {**found, "padding": tuple(zip(flat[::2], flat[1::2], strict=True))}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _remembered(rule: Callable[..., Sequence[int]]) -> Callable[..., Sequence[int]]:
+    """The shape that `rule` finds for some shapes and the values of options, remembered where the sizes are known."""
+    known = functools.lru_cache(maxsize=4096)(rule)
+
+    def shape(*given: Any) -> Sequence[int]:
+        *shapes, values = (tuple(map(_frozen, each)) for each in given)
+        plain = all(type(size) is int for sizes in shapes for size in sizes)  # torch.compile has symbols in their place
+        return (known if plain else rule)(*shapes, values)
+
+    return shape
 
 
 def _family(name: str, rule: Callable[..., Any], result: str, options: Sequence[str]) -> tuple[Any, Any, Any]:
@@ -91,10 +108,11 @@ def _family(name: str, rule: Callable[..., Any], result: str, options: Sequence[
         result: which shape of it is the result's.
     """
 
+    @_remembered
     def shape(x_shape: Sequence[int], w_shape: Sequence[int], values: Sequence[Any]) -> Sequence[int]:
         given = _keywords(options, values)
         del given["precision"]
-        found: Sequence[int] = getattr(rule(tuple(x_shape), tuple(w_shape), **given), result)
+        found: Sequence[int] = getattr(rule(x_shape, w_shape, **given), result)
         return found
 
     def room_for_result(x: Tensor, w: Tensor, bias: Tensor | None, *values: Any) -> Tensor:
@@ -169,33 +187,36 @@ def _separable_family() -> tuple[Any, Any, Any]:
     """The three operators of separable convolutions; their form is linear in x, in dy and in either kernel."""
     options = _DEPTHWISE
 
-    def shape(x_shape: Sequence[int], depthwise_w: Tensor, pointwise_w: Tensor, values: Sequence[Any]) -> Sequence[int]:
+    @_remembered
+    def shape(
+        x_shape: Sequence[int], depthwise_shape: Sequence[int], pointwise_shape: Sequence[int], values: Sequence[Any]
+    ) -> Sequence[int]:
         given = _keywords(options, values)
         del given["precision"]
-        found = geometry.depthwise_shape(tuple(x_shape), tuple(depthwise_w.shape), **given)
+        found = geometry.depthwise_shape(x_shape, depthwise_shape, **given)
         wanted = (*(1,) * found.rank, found.filters)
-        if tuple(pointwise_w.shape[:-1]) != wanted:
+        if pointwise_shape[:-1] != wanted or pointwise_shape[-1] < 1:
             raise ValueError(
                 f"`pointwise_w` must have the shape {wanted} + (filters,). "
-                f"Received: pointwise_w.shape={tuple(pointwise_w.shape)}"
+                f"Received: pointwise_w.shape={pointwise_shape}"
             )
-        return geometry.join_shape(found.batch, found.out_size, pointwise_w.shape[-1], found.data_format)
+        return geometry.join_shape(found.batch, found.out_size, pointwise_shape[-1], found.data_format)
 
     def room_for_result(
         x: Tensor, depthwise_w: Tensor, pointwise_w: Tensor, bias: Tensor | None, *values: Any
     ) -> Tensor:
-        return x.new_empty(shape(x.shape, depthwise_w, pointwise_w, values))
+        return x.new_empty(shape(x.shape, depthwise_w.shape, pointwise_w.shape, values))
 
     def room_for_input_grad(
         dy: Tensor, depthwise_w: Tensor, pointwise_w: Tensor, input_shape: Sequence[int], *values: Any
     ) -> Tensor:
-        _expect("dy", dy, shape(input_shape, depthwise_w, pointwise_w, values))
+        _expect("dy", dy, shape(input_shape, depthwise_w.shape, pointwise_w.shape, values))
         return dy.new_empty(input_shape)
 
     def room_for_kernel_grad(
         x: Tensor, dy: Tensor, depthwise_w: Tensor, pointwise_w: Tensor, *values: Any
     ) -> tuple[Tensor, Tensor]:
-        _expect("dy", dy, shape(x.shape, depthwise_w, pointwise_w, values))
+        _expect("dy", dy, shape(x.shape, depthwise_w.shape, pointwise_w.shape, values))
         return x.new_empty(depthwise_w.shape), x.new_empty(pointwise_w.shape)
 
     def kernel_grads(*arrays: Any, out: Any, **keywords: Any) -> None:

@@ -27,6 +27,7 @@ __all__ = ["Report", "Swap", "replace", "restore"]
 _NAMES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 _OURS: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name in _NAMES}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_SEPARABLE = (modules.SeparableConv1d, modules.SeparableConv2d, modules.SeparableConv3d)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Report:
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=120).print(self)
-        return text.getvalue()
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def replace(model: nn.Module, *, precision: str = "highest") -> Report:
@@ -86,11 +87,13 @@ def replace(model: nn.Module, *, precision: str = "highest") -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Lets torch compute the convolutions of `model` again; what torch cannot compute is left."""
+    """Lets torch compute the convolutions of `model` again; of cuconv's modules those that torch has not are left."""
 
-    def swap(module: nn.Module, own: type) -> str:
+    def swap(module: nn.Module, own: type) -> str | None:
+        if own in _SEPARABLE:
+            return f"torch has no {own.__name__}"
         if own not in _THEIRS:
-            return "not of cuconv's"
+            return None
         for name, value in (("data_format", modules.CHANNELS_LAST), ("padding", "causal")):
             if getattr(module, name) == value:
                 return f"torch has no {name}={value!r}"
@@ -102,22 +105,30 @@ def restore(model: nn.Module) -> Report:
     return _swapped(model, swap)
 
 
-def _swapped(model: nn.Module, swap: Callable[[nn.Module, type], str]) -> Report:
-    """What `swap`, given each convolution and its class without parametrizations, says why it was left."""
+def _swapped(model: nn.Module, swap: Callable[[nn.Module, type], str | None]) -> Report:
+    """What `swap` says of each convolution, given it and its class: why it was left, "" or None if it was not meant."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module. Received: {type(model).__name__}")
-    found = [Swap(names, module, swap(module, _own_class(module))) for names, module in _convolutions(model)]
-    return Report(tuple(each for each in found if not each.reason), tuple(each for each in found if each.reason))
+    swapped: list[Swap] = []
+    left: list[Swap] = []
+    for names, module in _convolutions(model):
+        reason = swap(module, _own_class(module))
+        if reason is not None:
+            (left if reason else swapped).append(Swap(names, module, reason))
+    return Report(tuple(swapped), tuple(left))
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Modules that convolve, as far as torch's own go, each once with all its names."""
+    """Modules of torch and cuconv that convolve, each once with all its names."""
     named: dict[int, tuple[list[str], nn.Module]] = {}
+    parts = {id(part) for module in model.modules() if isinstance(module, _SEPARABLE) for part in module.children()}
     for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in parts:
+            continue
         kinds = type(module).__mro__
         quantized = any("quantized" in kind.__module__ and "Conv" in kind.__name__ for kind in kinds)
         scripted = "Conv" in getattr(module, "original_name", "")
-        if quantized or scripted or isinstance(module, nn.modules.conv._ConvNd):
+        if quantized or scripted or isinstance(module, (nn.modules.conv._ConvNd, *_SEPARABLE)):
             named.setdefault(id(module), ([], module))[0].append(name)
     for names, module in named.values():
         yield tuple(names), module
@@ -125,7 +136,7 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module
 
 def _obstacle(module: nn.Module, own: type) -> str:
     """Why `module`, of class `own`, cannot be swapped; "" where it can."""
-    if own in _THEIRS:
+    if own in _THEIRS or own in _SEPARABLE:
         return "cuconv's already"
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by torch.jit: replace before you compile"
