@@ -316,6 +316,15 @@ def test_a_stateful_layer_keeps_its_states():
         assert_close(have, want.astype("float64"), dtype="float32", terms=30)
 
 
+def test_infinities_are_as_quiet_as_in_torch():
+    layer = K.Conv1D(1, 1, dtype="float16", kernel_initializer="ones", use_bias=False)
+    layer.build((None, 6, 2))
+    with ours_alone(layer):
+        y = layer(torch.full((1, 6, 2), 6e4, dtype=torch.float16))
+        y.sum().backward()
+    assert torch.isinf(y).all() and torch.isinf(layer.trainable_weights[0].value.grad).all()
+
+
 def test_lora_is_trained_through():
     made = []
     for inside in (untouched, ours_alone):
