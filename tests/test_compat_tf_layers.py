@@ -450,7 +450,25 @@ def test_symbolic_calls_make_a_model_that_shares():
     assert models.model_from_json(model.to_json()).output_shape == (None, 11, 2)
 
 
-def test_variables_follow_their_first_input_once(monkeypatch):
+@pytest.mark.parametrize(
+    "change, shared",
+    [
+        ({}, True),
+        ({"activation": lambda x: x}, False),
+        ({"strides": 2}, False),
+        ({"kernel_regularizer": lambda w: 0.0}, True),
+        ({"activity_regularizer": "l2"}, False),
+    ],
+)
+def test_symbolic_calls_are_of_one_layer_where_they_are_equal(change, shared):
+    x = models.Input((11, 3))
+    one = tf.conv1d(x, 3, 3, name="c", activation="relu")
+    other = tf.conv1d(x, **({"filters": 3, "kernel_size": 3, "activation": "relu"} | change), name="c", reuse=True)
+    assert (one.node.layer is other.node.layer) == shared
+    assert other.node.layer.kernel is one.node.layer.kernel
+
+
+def test_variables_follow_their_first_input_once():
     class Elsewhere(np.ndarray):
         pass
 

@@ -528,11 +528,22 @@ def _symbolic(graph: Graph, layer: Conv1D, inputs: SymbolicTensor) -> Any:
         setattr(layer, f"{word}_constraint", constraint)
     with graph._lock:
         for other in graph._symbolic:
-            if layer._scope.reuse and other.get_config() == layer.get_config():
+            if layer._scope.reuse and _is_same_call(layer, other):
                 return other(inputs)
         y = layer(inputs)
         graph._symbolic.append(layer)
         return y
+
+
+def _is_same_call(one: Conv1D, other: Conv1D) -> bool:
+    """Whether two layers of one graph compute the same, having the same variables."""
+
+    def facts(layer: Conv1D) -> tuple[Any, ...]:
+        activation = getattr(layer.activation, "function", layer.activation)
+        size = layer.filters, layer.kernel_size, layer.use_bias
+        return layer.name, size, layer._options, activation, layer.dtype_policy, layer.activity_regularizer
+
+    return facts(one) == facts(other)
 
 
 def _dtype_of(inputs: Any) -> str:
