@@ -1,19 +1,22 @@
-"""The bridge to torch on GPUs: on a CuPy without CUDA (tests/fake_cupy.py), and on a real one where there is one.
+"""The bridge to torch on GPUs: on a CuPy without CUDA (tests/fake_cupy.py), in the emulator, and on a real one.
 
 A tensor of the first part lies in the memory of the CPU and says that it is on GPU 1. What is shown is where work goes
-and what memory it takes; that kernels compute what they should is shown elsewhere, and by the second part.
+and what memory it takes. In the second part our kernels compute, on tensors of the CPU; the third part needs a GPU.
 """
 
+import copy
 import sys
 
 import fake_cupy
 import numpy as np
 import pytest
+from emulated import EmulatedRuntime
 from torch_cases import torch
 
 import cuconv.interop.torch as bridge
 from cuconv import ops as array_ops
 from cuconv.cuda import cubins, prepared
+from cuconv.cuda.engine import Engine
 from cuconv.interop.torch import arrays, ops
 from cuconv.plan.types import PlanError
 
@@ -129,6 +132,27 @@ def test_a_gpu_without_cupy_says_what_to_install(monkeypatch, pool):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(PlanError, match=r"`pip install cuconv\[cuda12x\]` or `\[cuda13x\]`"):
         ops._conv._init_fn(on_gpu(2, 50, 16), on_gpu(3, 16, 24), None, *OPTIONS, 1, "highest")
+
+
+# --- The kernels themselves, on the processor --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("name", ["Conv1d", "ConvTranspose1d", "depthwise", "SeparableConv1d"])
+def test_a_training_step_by_our_kernels(name, layout, monkeypatch):
+    """The emulator runs them in the place of the NumPy path, on the memory of tensors of the CPU."""
+    torch.manual_seed(0)
+    groups = {"groups": 4} if name == "depthwise" else {}
+    make = bridge.Conv1d if name == "depthwise" else getattr(bridge, name)
+    layer = make(4, 8, 3, stride=2, padding=1, data_format=layout, **groups)
+    x = torch.randn(2, 4, 9) if layout == "channels_first" else torch.randn(2, 9, 4)
+    expected = answers(copy.deepcopy(layer).double(), x.double())
+    runtime = EmulatedRuntime()
+    monkeypatch.setattr(array_ops, "_host_engine", Engine(runtime))
+    actual = answers(layer, x)
+    assert len(runtime.launches) >= 3
+    for ours, theirs in zip(actual, expected):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 # --- On a GPU ----------------------------------------------------------------------------------------------------

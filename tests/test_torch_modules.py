@@ -85,6 +85,16 @@ def test_positional_arguments_are_in_torchs_order(name):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_torchs_with_two_keywords_more(name):
+    theirs, ours = (inspect.signature(getattr(library, name)).parameters for library in (nn, bridge))
+    assert [(each.name, each.default) for each in theirs.values()] == [
+        (each.name, each.default) for each in list(ours.values())[:-2]
+    ]
+    assert list(ours)[-2:] == ["data_format", "precision"]
+    assert nn.utils.skip_init(getattr(bridge, name), 4, 8, 3).weight.shape[2:] == (3,) * int(name[-2])
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("last", [False, True])
 def test_output_size_of_transposed_modules(rank, last):
@@ -143,6 +153,9 @@ def test_separable_modules_have_the_weights_of_two(rank, last, options):
 def test_options_are_checked_and_shown():
     assert repr(bridge.Conv1d(1, 2, 3, data_format="channels_last", precision="high")).endswith(
         "data_format='channels_last', precision='high')"
+    )
+    assert "SeparableConv1d(\n  data_format='channels_last'\n" in repr(
+        bridge.SeparableConv1d(1, 2, 3, data_format="channels_last")
     )
     with pytest.raises(ValueError, match="`data_format` must be .*Received: data_format='NHWC'"):
         bridge.Conv2d(1, 2, 3, data_format="NHWC")
@@ -389,19 +402,28 @@ def test_devices_and_gpus_without_cupy_are_reasons(monkeypatch):
     monkeypatch.setattr(layer, "parameters", lambda: [elsewhere], raising=False)
     assert bridge.replace(layer).left[0].reason == "cuconv does not compute on mps"
     elsewhere.device.type, elsewhere.is_cuda = "cuda", True
-    unusable = replacing.runtime.Probe(False, "CuPy is not installed")
+    unusable = replacing.runtime.Probe(False, "no CuPy; `pip install cuconv[cuda12x]`")
     monkeypatch.setattr(replacing.runtime, "probe", lambda: unusable)
-    assert bridge.replace(layer).left[0].reason == "CuPy is not installed"
+    report = bridge.replace(layer)
+    assert report.left[0].reason == unusable.reason and unusable.reason in str(report)
+
+
+class Gated(bridge.Conv1d):
+    def forward(self, x):
+        return super().forward(x).sigmoid()
 
 
 def test_what_torch_has_not_is_not_restored():
-    model = nn.Sequential(bridge.Conv1d(2, 2, 3, padding="causal"), bridge.Conv1d(2, 2, 3, data_format="channels_last"))
+    model = nn.Sequential(
+        bridge.Conv1d(2, 2, 3, padding="causal"), bridge.Conv1d(2, 2, 3, data_format="channels_last"), Gated(2, 2, 3)
+    )
     report = bridge.restore(model)
     assert [swap.reason for swap in report.left] == [
         "torch has no padding='causal'",
         "torch has no data_format='channels_last'",
+        "a class of its own (test_torch_modules.Gated), its forward may be another one",
     ]
-    assert all(type(module) is bridge.Conv1d for module in model)
+    assert [type(module) for module in model] == [bridge.Conv1d, bridge.Conv1d, Gated]
 
 
 def test_parametrized_modules_stay_apart_from_their_copies():

@@ -397,6 +397,12 @@ X, W = torch.zeros(2, 3, 9), torch.zeros(4, 3, 2)
         (lambda: ours.conv1d(X, W, padding="full"), ValueError, "`padding` must be one of"),
         (lambda: ours.conv1d(X, W, dilation=9), ValueError, "an output size would be zero or negative"),
         (lambda: ours.conv1d(X, W, groups=2), ValueError, "must have 6 channels"),
+        (lambda: ours.conv1d(X, W, groups="2"), ValueError, "`groups` must be an integer >= 1. Received: groups='2'"),
+        (
+            lambda: ours.conv_transpose1d(X, W, groups=0),
+            ValueError,
+            "`groups` must be an integer >= 1. Received: groups=0",
+        ),
         (lambda: ours.conv1d(X, W, groups=3), ValueError, "`groups` must divide the filters"),
         (
             lambda: ours.conv1d(X, W, data_format="NLC"),

@@ -12,7 +12,7 @@ of ``torch.channels_last``, is read as the channels_last array that it is, and t
 rearranged at every call.
 
 A convolution of as many groups as channels goes to the depthwise functions, and so does its transpose with one filter a
-channel.
+channel. Errors are ValueError for shapes, options and devices, TypeError for dtypes and for what is no tensor.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def conv(
     precision: str = "highest",
 ) -> Tensor:
     """The convolution of (N, C, L..) with (out, C / groups, k..), (N, out, P..), of the rank that `weight` has."""
+    (groups,) = geometry.normalize_tuple(groups, 1, "groups")
     rank = weight.dim() - 2
     options = {
         "strides": stride,

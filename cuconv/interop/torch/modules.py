@@ -2,7 +2,11 @@
 
 Each is a subclass of the module of the same name: constructor, parameters, initial values, state_dict, repr and
 whatever else is torch's stay torch's, and code that asks ``isinstance(module, torch.nn.Conv2d)`` gets the answer that
-it expects. Two keywords come on top, `data_format` and `precision`, and padding "causal" of :class:`Conv1d`.
+it expects. Two keywords come on top, `data_format` and `precision`, and padding "causal" of :class:`Conv1d`; what they
+do stands in :mod:`cuconv.interop.torch.functional`.
+
+A separable module takes `depth_multiplier` in the place of `groups`, the channels in the middle for each of the input,
+and holds its parameters as the two modules `depthwise` and `pointwise`, so that it loads the weights of two of torch's.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ class _Options(nn.Module):
 
     def extra_repr(self) -> str:
         changed = [name for name in ("data_format", "precision") if getattr(self, name) != getattr(_Options, name)]
-        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)!r}" for name in changed)])
+        told = [super().extra_repr(), *(f"{name}={getattr(self, name)!r}" for name in changed)]
+        return ", ".join(filter(None, told))
 
 
 class _Conv(_Options):
@@ -117,9 +122,38 @@ def _padded(conv: Any, input: Tensor, data_format: str) -> tuple[Tensor, Any]:
 
 class _ConvTranspose(_Options):
     def __init__(
-        self, *arguments: Any, data_format: str = CHANNELS_FIRST, precision: str = "highest", **keywords: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Sizes = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        data_format: str = CHANNELS_FIRST,
+        precision: str = "highest",
     ) -> None:
-        super().__init__(*arguments, **keywords)
+        inherited: Any = super()
+        inherited.__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
         self._take(data_format, precision)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -169,8 +203,6 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 
 
 class _SeparableConv(_Options):
-    """Depthwise, then pointwise, in one step; `depthwise` and `pointwise` hold the parameters, as modules do."""
-
     _conv: Any
 
     def __init__(

@@ -9,7 +9,8 @@ and the derivative of each is given by the two others: gradients of any order ne
 as `data_format` says, whatever the strides of the arguments.
 
 The functions here take what cuconv.ops takes but `activation`, `out` and `workspace`, check it, follow
-:class:`torch.autocast` and write padding out as (before, after) pairs, which is all that the operators know.
+:class:`torch.autocast` and write padding out as (before, after) pairs, which is all that the operators know. Their
+errors are ValueError for shapes, options and devices, TypeError for dtypes and for what is no tensor.
 """
 
 from __future__ import annotations
@@ -306,6 +307,7 @@ def conv(
 ) -> Tensor:
     """The convolution of x [B, L.., C] with w [taps.., C / groups, F], as :func:`cuconv.ops.conv`."""
     x, w, bias = _alike(x, w, bias, precision=precision)
+    (groups,) = geometry.normalize_tuple(groups, 1, "groups")
     steps, pads, data_format, rates = _window(x, w, strides, padding, data_format, dilation_rate)
     return _conv(x, w, _bias(bias, w.shape[-1]), steps, pads, data_format, rates, groups, precision)
 
@@ -328,6 +330,7 @@ def conv_transpose(
     `output_padding` may reach up to the dilation too, as in torch.
     """
     x, w, bias = _alike(x, w, bias, precision=precision)
+    (groups,) = geometry.normalize_tuple(groups, 1, "groups")
     rank, data_format = _rank(x, w), geometry.normalize_data_format(data_format)
     steps = geometry.normalize_tuple(strides, rank, "strides")
     rates = geometry.normalize_tuple(dilation_rate, rank, "dilation_rate")
@@ -339,17 +342,7 @@ def conv_transpose(
                 "`output_padding` must be smaller than the stride or the dilation of its axis. "
                 f"Received: output_padding={output_padding}, strides={steps}, dilation_rate={rates}"
             )
-    named = geometry.normalize_padding(padding, rank, causal=False)
-    pads: list[int] = []
-    ends: list[int] = []  # what the full product lacks behind
-    more: list[int] = []  # positions of zeros behind the input, where it lacks a stride or more
-    for k, s, d, pad, extra in zip(w.shape, steps, rates, _per_axis(named, rank), extras, strict=False):
-        length, before = geometry.transpose_axis(1, k, s, d, pad, extra)  # each further position adds a stride
-        after = (k - 1) * d + 1 - before - length
-        more.append(max(0, -after) // s)
-        after += more[-1] * s
-        pads += before, max(0, after)
-        ends.append(max(0, -after))
+    pads, ends, more = _cropping(w.shape, steps, rates, padding, extras)
     if any(more):
         around = [size for behind in reversed(more) for size in (0, behind)]  # the last axis comes first
         x = torch.nn.functional.pad(x, [0, 0, *around] if data_format == CHANNELS_LAST else around)
@@ -459,6 +452,33 @@ def _window(
         else:
             pads += before, max(0, (length - 1) * s + (k - 1) * d + 1 - n - before)
     return steps, pads, data_format, rates
+
+
+def _cropping(
+    w_shape: Sequence[int],
+    strides: Sequence[int],
+    dilation_rate: Sequence[int],
+    padding: Any,
+    output_padding: Sequence[int | None],
+) -> tuple[list[int], list[int], list[int]]:
+    """What the full product of a transposed convolution has too much or too little, an axis.
+
+    Positions to crop, in pairs one after the other; positions it lacks behind, fewer than a stride; and positions of
+    zeros to put behind the input where it lacks more.
+    """
+    rank = len(strides)
+    named = _per_axis(geometry.normalize_padding(padding, rank, causal=False), rank)
+    pads: list[int] = []
+    ends: list[int] = []
+    more: list[int] = []
+    for k, s, d, pad, extra in zip(w_shape, strides, dilation_rate, named, output_padding, strict=False):
+        length, before = geometry.transpose_axis(1, k, s, d, pad, extra)  # each further position adds a stride
+        after = (k - 1) * d + 1 - before - length
+        more.append(max(0, -after) // s)
+        after += more[-1] * s
+        pads += before, max(0, after)
+        ends.append(max(0, -after))
+    return pads, ends, more
 
 
 def _per_axis(padding: Any, rank: int) -> Sequence[Any]:

@@ -14,6 +14,7 @@ import rich.box
 import rich.table
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -52,7 +53,7 @@ class Report:
             table.add_column(column, overflow="fold")
         for swap in (*self.swapped, *self.left):
             names = ", ".join(name or "(the model)" for name in swap.names)
-            table.add_row(names, type(swap.module).__name__, swap.reason)
+            table.add_row(*map(escape, (names, type(swap.module).__name__, swap.reason)))
         return table
 
     def __str__(self) -> str:
@@ -93,7 +94,7 @@ def restore(model: nn.Module) -> Report:
         if own in _SEPARABLE:
             return f"torch has no {own.__name__}"
         if own not in _THEIRS:
-            return None
+            return _of_its_own(own) if issubclass(own, tuple(_THEIRS)) else None
         for name, value in (("data_format", modules.CHANNELS_LAST), ("padding", "causal")):
             if getattr(module, name) == value:
                 return f"torch has no {name}={value!r}"
@@ -143,8 +144,7 @@ def _obstacle(module: nn.Module, own: type) -> str:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run the model once, then replace"
     if own not in _OURS:
-        what = "quantized" if any("quantized" in kind.__module__ for kind in own.__mro__) else "a class of its own"
-        return f"{what} ({own.__module__}.{own.__qualname__}), its forward may be another one"
+        return _of_its_own(own)
     if {"forward", "_conv_forward"} & set(vars(module)):
         return "its forward was assigned to the object"
     for tensor in module.parameters():
@@ -155,6 +155,11 @@ def _obstacle(module: nn.Module, own: type) -> str:
         if tensor.is_cuda and not runtime.probe().usable:
             return runtime.probe().reason
     return ""
+
+
+def _of_its_own(own: type) -> str:
+    what = "quantized" if any("quantized" in kind.__module__ for kind in own.__mro__) else "a class of its own"
+    return f"{what} ({own.__module__}.{own.__qualname__}), its forward may be another one"
 
 
 def _own_class(module: nn.Module) -> type:
