@@ -13,9 +13,11 @@ import threading
 from contextlib import contextmanager
 from unittest import mock
 
+import emulator
 import numpy as np
 import pytest
 from compare import assert_close
+from emulated import EmulatedRuntime
 from keras_cases import LAYERS, WITH_WEIGHTS, find, random_cases
 from keras_harness import (
     OURS,
@@ -35,6 +37,8 @@ from keras_harness import (
 )
 
 import cuconv
+from cuconv import ops as array_ops
+from cuconv.cuda.engine import Engine
 from cuconv.interop.keras import accelerate, accelerating, from_keras, to_keras
 
 # Keras on torch calls NumPy in ways NumPy 2 warns about.
@@ -342,6 +346,46 @@ def test_lora_is_trained_through():
         assert_close(have, want.astype("float64"), dtype="float32", terms=100)
 
 
+# --- Our kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+def test_fit_by_our_kernels(monkeypatch):
+    """The emulator runs them in the place of the NumPy path, on the memory of Keras' tensors."""
+    results = []
+    for inside in (untouched, ours_alone):
+        keras.utils.set_random_seed(3)
+        stack = [K.Conv1D(4, 3, padding="causal", dilation_rate=2, activation="relu"), K.DepthwiseConv1D(3)]
+        model = keras.Sequential([keras.Input((9, 3)), *stack, K.Flatten(), K.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+        x, y = data((9, 3), count=4)
+        runtime = EmulatedRuntime()
+        if inside is ours_alone:
+            monkeypatch.setattr(array_ops, "_host_engine", Engine(runtime))
+        with inside(model), torch.backends.mkldnn.flags(enabled=False):
+            history = model.fit(x, y, batch_size=2, epochs=2, verbose=0).history
+        results.append({str(index): w for index, w in enumerate([*model.get_weights(), np.array(history["loss"])])})
+    # In each of four batches two forward passes, two kernel gradients, and one input gradient: the first layer needs none.
+    assert len(runtime.launches) >= 4 * 5
+    assert_alike(results[1], results[0], CLOSE["float32"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_layers_on_a_gpu_stay_there():
+    cupy = pytest.importorskip("cupy")
+    layer, x = K.Conv1D(8, 3, padding="causal"), torch.randn(2, 40, 16, device="cuda")
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        want = layer(x)
+        with accelerate(layer) as acceleration:
+            have = layer(x)
+    assert acceleration.calls == 1 and have.is_cuda
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+    ours = from_keras(layer)
+    assert isinstance(ours.kernel, cupy.ndarray)
+    np.testing.assert_allclose(cupy.asnumpy(ours(cupy.from_dlpack(x))), want.cpu().numpy(), rtol=1e-4, atol=1e-4)
+
+
 # --- Opening and closing -----------------------------------------------------------------------------------------
 
 
@@ -387,6 +431,11 @@ def test_openings_can_be_nested_and_overlap():
     with first, first, second:
         model.predict(X, verbose=0)
         assert first.calls == second.calls == 1
+    assert_given_back(model)
+    with first:
+        with first:
+            pass
+        assert is_ours(layer)
     assert_given_back(model)
     first.__enter__()
     second.__enter__()
@@ -578,6 +627,12 @@ def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "tensorflow")
     with pytest.raises(RuntimeError, match=r"KERAS_BACKEND=torch.*Received: backend='tensorflow'"):
         accelerate(small())
+
+
+def test_keras_2_is_refused():
+    code = "import sys, types; old = sys.modules['keras'] = types.ModuleType('keras'); old.__version__ = '2.15.0'"
+    ran = subprocess.run([sys.executable, "-c", f"{code}; import cuconv.interop.keras"], capture_output=True, text=True)
+    assert ran.returncode == 1 and "needs Keras 3" in ran.stderr and "Received: keras 2.15.0" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ except ImportError as error:
         name=error.name,
     ) from error
 
+if not keras.__version__.startswith("3."):
+    raise ImportError(
+        f'cuconv.interop.keras needs Keras 3: pip install "cuconv[keras]". Received: keras {keras.__version__}'
+    )
+
 from cuconv.interop.keras.converting import from_keras, to_keras
 
 if TYPE_CHECKING:
