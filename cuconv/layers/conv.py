@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from cuconv import geometry, ops
 from cuconv.layers.base import Array, Shape
@@ -92,7 +92,7 @@ class Conv1D(Conv, rank=1):
     (None, 119, 100)
     """
 
-    _paddings = ("valid", "same", "causal")
+    _paddings: ClassVar[tuple[str, ...]] = ("valid", "same", "causal")
 
 
 class Conv2D(Conv, rank=2):

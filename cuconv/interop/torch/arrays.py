@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import ml_dtypes
+import numpy as np
 import torch
 
 from cuconv.cuda import runtime
@@ -33,7 +34,7 @@ def view(tensor: torch.Tensor) -> Any:
 def placed(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """While this is open, what cuconv does is in order with what torch does on the device of `tensor`."""
     if not tensor.is_cuda:
-        return contextlib.nullcontext()
+        return np.errstate(all="ignore")  # torch does not warn of infinities, on which the scaling of losses relies
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
     gpu = runtime.current(tensor.get_device())
     return gpu.borrowing(stream, torch.cuda.caching_allocator_alloc, _free)
