@@ -1,18 +1,26 @@
-"""Convolutions on the tensor cores of sm_90, by warpgroups: conv_wgmma.cu, its tiles, boxes, and what each would cost.
+"""Convolutions on the tensor cores of sm_90, by warpgroups: conv_wgmma.cu, its modes and tiles, and what each costs.
 
-A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece. A box can lie
-across several batch items; what it has fewer than the tile has rows is multiplied in vain. The model, for one block and
-step. It takes as long as the slower of
+A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece. What a box has
+fewer than the tile has rows is multiplied in vain. The modes differ in what is copied how often:
+
+* ``reload`` -- every tap has a box of x of its own;
+* ``halo`` -- a box that is longer on one axis serves all of its taps. The other axes and batch items lie innermost, so
+  that a tap is 8 rows behind the one before, or a multiple of 8: after 8 rows the swizzle of shared memory repeats, and
+  operands may begin there. Whether they may begin at any row, which a single sequence would need, no GPU has told yet;
+* ``phase`` -- the same in strands of positions `dilation` apart, whose taps are neighbours;
+* ``weight-stationary``, with each of them -- a block's tiles all have the same columns, whose weights stay.
+
+Bytes are what copies bring to shared memory, zeros for what lies outside of x among them. The model takes as long as
+the slower of
 
 * the tensor cores, at the share of their rate that large products reach;
 * shared memory: each warpgroup reads its operands, every copy writes once, 128 bytes a cycle;
 
-and a launch as long as its busiest multiprocessor, or as the memory, or as the L2 cache, from which every step comes.
+and a launch as long as its busiest multiprocessor, or as the memory, or as the L2 cache, from which all bytes come.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -28,6 +36,7 @@ from cuconv.plan.types import (
     ELEMENTS,
     INT32_MAX,
     MAP_BOX,
+    MAP_RANK,
     MAP_STEP,
     Cost,
     DeviceLimits,
@@ -70,20 +79,107 @@ LEAST_CYCLES = 150  # of a step: barriers and descriptors
 START_STEPS = 2  # of a block, until the first copies have arrived
 LITTLE_WASTE = 1.03  # rows of all tiles over positions: the copy engine takes long rows faster than short ones
 SIZES = 8  # of a box on a long axis that are looked at
+REPEAT = 8  # rows, after which the swizzle repeats: a tap may begin at a multiple of them
+# Of a box of a halo: sizes of the axes besides the first that are looked at, and how many rows all these have at most:
+# the more, the more rows a tap is from the next.
+ACROSS, MOST_ACROSS = (1, 2, 4, 8, 16, 32), 64
+
+
+@dataclass(frozen=True)
+class View:
+    """How the positions of y are walked: its axes stand outermost first.
+
+    Attributes:
+        counts: positions of each axis.
+        taps: of each axis, that have boxes of their own; `pitches`: taps of w from one of these to the next.
+        strides, dilations, pads: of each axis, as of a convolution.
+        mode: "reload", "halo" or "phase".
+        axis: of y, whose taps share a box; it is the first here. -1 in mode "reload", where batch items are.
+        shared: taps of that axis, of which every `taps[0]`-th share a box.
+        spread: positions from one of those to the next.
+        strands, offset, ragged: position p is ``q * strands + r - offset``, of strand r, the last axis here; the first
+            `ragged` strands of x have one input more than the others. 0 but in mode "phase".
+    """
+
+    mode: str
+    axis: int
+    counts: tuple[int, ...]
+    taps: tuple[int, ...]
+    pitches: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    shared: int = 1
+    spread: int = 0
+    strands: int = 0
+    offset: int = 0
+    ragged: int = 0
+
+    def __str__(self) -> str:
+        return f"warpgroups, {self.mode}{f' of axis {self.axis}' if self.axis >= 0 else ''}"
+
+    @property
+    def beyond(self) -> int:
+        """Positions of the first axis that a box has for taps, besides those of the tile."""
+        return (-(-self.shared // self.taps[0]) - 1) * self.spread
+
+    def boxes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Boxes of `sizes` that cover all positions, by axis. Strands of different lengths do not meet in one."""
+        *most, last = (-(-n // size) for n, size in zip(self.counts, sizes, strict=True))
+        if self.strands:
+            last = sum(-(-n // sizes[-1]) for n in (self.ragged, self.strands - self.ragged))
+        return (*most, last)
+
+
+def views(shape: ConvShape) -> list[View]:
+    """Every way to walk `shape` in which taps of another axis share inputs."""
+    axes = range(shape.rank)
+    pitches = [math.prod(shape.kernel_size[a + 1 :]) for a in axes]
+
+    items = (shape.batch, 1, 0, 1, 0, 0)
+
+    def view(
+        mode: str, axis: int, *first: tuple[int, ...], last: Sequence[tuple[int, ...]] = (), order: Sequence[int] = ()
+    ) -> View:
+        others = (
+            (shape.out_size[a], shape.kernel_size[a], pitches[a], shape.strides[a], dilation, shape.pad_before[a])
+            for a, dilation in enumerate(shape.dilation_rate)
+            if a != axis
+        )
+        counts, taps, steps_of_w, strides, dilations, pads = zip(*first, items, *others, *last, strict=True)
+        return View(mode, axis, counts, taps, steps_of_w, strides, dilations, pads, *order)
+
+    found = [view("reload", -1)]
+    for axis in axes:
+        taps, stride, dilation = shape.kernel_size[axis], shape.strides[axis], shape.dilation_rate[axis]
+        pad, in_size, out_size = shape.pad_before[axis], shape.in_size[axis], shape.out_size[axis]
+        together = math.gcd(stride, dilation)
+        classes = stride // together
+        if taps <= classes:
+            continue
+        first = (out_size, classes, pitches[axis], stride, dilation, pad)
+        found.append(view("halo", axis, first, order=(taps, dilation // together)))
+        if stride == 1 and 1 < dilation <= in_size and shape.rank + 3 <= MAP_RANK:
+            # Positions p whose first input, p - pad, is the q-th of its strand, from the lowest q on.
+            lowest = -pad // dilation
+            first = ((out_size - 1 - pad) // dilation - lowest + 1, 1, pitches[axis], 1, 1, -lowest)
+            strands = (dilation, 1, 0, 1, 0, 0)
+            order = (taps, 1, dilation, -lowest * dilation - pad, in_size % dilation)
+            found.append(view("phase", axis, first, last=(strands,), order=order))
+    return found
 
 
 @dataclass(frozen=True)
 class Box:
-    """Positions of a tile: `sizes` of them on each axis, of `items` batch items; `tiles` of them cover all."""
+    """Positions of a tile: `sizes` of them on each axis of a view; `tiles` of them cover all."""
 
-    items: int
     sizes: tuple[int, ...]
     tiles: int
 
     @property
     def rows(self) -> int:
         """Positions in the box."""
-        return self.items * math.prod(self.sizes)
+        return math.prod(self.sizes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,12 +191,34 @@ def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], 
         items = _balanced(batch, min(rows // math.prod(sizes), MAP_BOX))
         tiles = -(-batch // items) * math.prod(-(-n // size) for n, size in zip(out_size, sizes, strict=True))
         if best is None or tiles < best.tiles:
-            best = Box(items, sizes, tiles)
+            best = Box((items, *sizes), tiles)
             if tiles * rows <= LITTLE_WASTE * batch * math.prod(out_size):
                 break
     if best is None:
         raise PlanError(f"warpgroups: no box for strides {strides}")
     return best
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_long_boxes(view: View, rows: int) -> tuple[Box, ...]:
+    """Of a halo, at most `rows` positions: the box of which the fewest are needed, and that which copies least."""
+    choices = [
+        [size for size in {*ACROSS, count} if size <= min(count, MOST_ACROSS, MAP_BOX // stride)]
+        for count, stride in zip(view.counts[1:], view.strides[1:], strict=True)
+    ]
+    found = []
+    for across in _within(choices, min(rows, MOST_ACROSS)):
+        width = math.prod(across)
+        if view.spread * width % REPEAT:
+            continue
+        sizes = (_balanced(view.counts[0], rows // width), *across)
+        tiles = math.prod(view.boxes(sizes))
+        copied = tiles * (sizes[0] + view.beyond) * width
+        found.append((tiles, copied, sizes))
+    if not found:
+        return ()
+    fewest, least = min(found), min(found, key=lambda each: (each[1], each[0]))
+    return tuple(Box(sizes, tiles) for tiles, _, sizes in dict.fromkeys((fewest, least)))
 
 
 def _within(choices: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, ...]]:
@@ -136,18 +254,37 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     require(form, element, aligned, limits)
     channels = form.shape.in_channels // form.shape.groups
     steps = [bk for bk in STEPS if bk == STEPS[0] or -channels % bk < -channels % STEPS[0]]
-    found = [_candidate(form, dtype, activation, limits, *sizes, bk) for sizes in TILES for bk in steps]
-    plans = [plan for plan in found if isinstance(plan, LaunchPlan)]
-    if not plans:
-        raise PlanError("; ".join(map(str, found)))
-    # Of those that are about as fast, the one that does least; where the memory is slow, they all are.
-    least = min(plan.seconds for plan in plans)
+    found: list[_Candidate] = []
+    lost: list[str] = []
+    for view in views(form.shape):
+        boxes = {bm: _boxes(view, bm) for bm in {sizes[0] for sizes in TILES}}
+        if not any(boxes.values()):
+            lost.append(f"{view}: no box whose taps are {REPEAT} rows apart, where operands may begin")
+        for bk, bm in itertools.product(steps, boxes):
+            for box in boxes[bm]:
+                if problem := next(filter(None, (each.problem() for each in _maps(form, dtype, view, box, bk))), ""):
+                    lost.append(f"{view}: no tensor map, {problem}")
+                    continue
+                for sizes in TILES:
+                    if sizes[0] == bm:
+                        found += _candidates(form, limits, view, box, (*sizes, bk))
+    if not found:
+        raise PlanError(
+            "; ".join(dict.fromkeys(lost)) or f"warpgroups: {limits.name} has no shared memory for two stages"
+        )
+    # Of those that are about as fast, the one that moves least; where the memory is slow, they all are.
+    least = min(each.cost.seconds for each in found)
     best = min(
-        (plan for plan in plans if plan.seconds <= CHOICE_FACTOR * least),
-        key=lambda plan: plan.cost.flops if plan.cost else 0,
+        (each for each in found if each.cost.seconds <= CHOICE_FACTOR * least),
+        key=lambda each: (each.cost.bytes, each.cost.flops),
     )
-    lost = [plan if isinstance(plan, str) else _slower(plan) for plan in found if plan is not best]
-    return dataclasses.replace(best, rejected=tuple(lost))
+    modes: dict[str, _Candidate] = {}
+    for each in sorted(found, key=lambda each: each.cost.seconds):
+        modes.setdefault(each.mode, each)
+    others = [
+        f"{each}, {each.cost.seconds * 1e6:.1f} us predicted" for each in modes.values() if each.mode != best.mode
+    ]
+    return _launch(form, dtype, activation, limits, best, (*others, *dict.fromkeys(lost)))
 
 
 def require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
@@ -185,40 +322,122 @@ def _filters(form: Form) -> int:
     return form.columns // (math.prod(form.upsampled[2]) if form.upsampled else 1)
 
 
-def _candidate(
-    form: Form, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int, bk: int
-) -> LaunchPlan | str:
-    """The plan with one tile, or why it cannot be taken."""
-    shape, element, columns = form.shape, ELEMENTS[dtype], form.columns
-    name = f"warpgroups, tile {bm}x{bn}x{bk}"
-    channels = shape.in_channels // shape.groups
-    if shape.groups > 1 and channels % bk:
-        return f"{name}: a group has {channels} channels"
-    taps = math.prod(shape.kernel_size)
-    stage = (bm + -(-bn // SLICE) * SLICE) * bk * element.bytes
-    stages = min(MOST_STAGES, (limits.shared_bytes - RESULT_BYTES) // (stage + BARRIER_BYTES))
-    if stages < 2:
-        return f"{name}: {limits.name} has no shared memory for two stages"
-    shared_bytes = stages * (stage + BARRIER_BYTES) + RESULT_BYTES
+def _boxes(view: View, rows: int) -> Sequence[Box]:
+    """Those that are weighed, of at most `rows` positions."""
+    if view.mode != "reload":
+        return choose_long_boxes(view, rows)
+    return (choose_box(view.counts[0], view.counts[1:], view.strides[1:], rows),)
 
-    box = choose_box(shape.batch, shape.out_size, shape.strides, bm)
-    maps = (_map_of_x(shape, dtype, box, bk), _map_of_w(form, dtype, bk))
-    for each in maps:
-        if problem := each.problem():
-            return f"{name}: no tensor map, {problem}"
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A box of a view with a tile, what it takes of a multiprocessor, and what it costs.
+
+    Attributes:
+        stays: the weights do.
+        stages, w_stages, stage_rows: as in the kernel.
+        blocks: of the grid.
+    """
+
+    view: View
+    box: Box
+    tile: tuple[int, int, int, int, int]
+    stays: bool
+    stages: int
+    w_stages: int
+    stage_rows: int
+    blocks: int
+    cost: Cost
+
+    @property
+    def mode(self) -> str:
+        """In words."""
+        return f"{self.view}, weight-stationary" if self.stays else f"{self.view}"
+
+    def __str__(self) -> str:
+        bm, bn, *_, bk = self.tile
+        stages = f"{self.stages} and {'all' if self.stays else self.w_stages} stages"
+        return f"{self.mode}, tile {bm}x{bn}x{bk}, {stages}: {self.cost.bytes} bytes to shared memory"
+
+
+def _candidates(
+    form: Form, limits: DeviceLimits, view: View, box: Box, tile: tuple[int, int, int, int, int]
+) -> Iterator[_Candidate]:
+    """Those of a box and a tile that fit: with weights that are streamed, and with weights that stay."""
+    bm, bn, _, _, bk = tile
+    shape = form.shape
+    channels = shape.in_channels // shape.groups
+    chunks = -(-channels // bk)
+    if shape.groups > 1 and channels % bk:
+        return
+    steps, loads = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks
+    pieces, _, piece_rows = _pieces(view, box)
+    copied = pieces * piece_rows * bk * 2
+    stage_rows = max(bm + view.beyond * (box.rows // box.sizes[0]), pieces * piece_rows)
+    x_bytes, w_bytes = stage_rows * bk * 2, -(-bn // SLICE) * SLICE_BYTES * bk
+    room = limits.shared_bytes - RESULT_BYTES
+    x_stage, w_stage = x_bytes + BARRIER_BYTES, w_bytes + BARRIER_BYTES
+    columns = -(-form.columns // bn) * shape.groups
+    tiles = box.tiles * columns
+    processors = limits.multiprocessors
+    y_size = form.count
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    least_bytes = (x_size + form.depth * form.columns * shape.groups + y_size) * 2
+
+    def cost(rounds: int, copies_of_w: int) -> Cost:
+        work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
+        x, w = tiles * loads * copied, copies_of_w * steps * w_bytes
+        return _cost(limits, tile, rounds, steps, (x + w) / tiles / steps, work, x + w, least_bytes)
+
+    # Of the stages that fit, those that hold the most steps ahead: a stage of x serves some.
+    served = -(-view.shared // view.taps[0])
+    ahead, stages, w_stages = max(
+        (min(n * served, m), n, m)
+        for n in range(2, MOST_STAGES + 1)
+        for m in (min(MOST_STAGES, (room - n * x_stage) // w_stage),)
+    )
+    if ahead >= 2:
+        rounds, blocks = -(-tiles // processors), min(tiles, processors)
+        yield _Candidate(view, box, tile, False, stages, w_stages, stage_rows, blocks, cost(rounds, tiles))
+    stages = min(MOST_STAGES, (room - steps * w_stage) // x_stage)
+    of_columns = min(box.tiles, max(1, processors // columns))  # blocks
+    if stages >= 2 and of_columns < box.tiles:
+        blocks = columns * of_columns
+        rounds = -(-box.tiles // of_columns) * -(-blocks // processors)
+        yield _Candidate(view, box, tile, True, stages, steps, stage_rows, blocks, cost(rounds, blocks))
+
+
+def _pieces(view: View, box: Box) -> tuple[int, int, int]:
+    """Boxes that bring a stage of x, positions on the first axis of each, and their rows."""
+    width, positions, most = box.rows // box.sizes[0], box.sizes[0] + view.beyond, MAP_BOX // view.strides[0]
+    if positions <= most:
+        return 1, positions, positions * width
+    unit = REPEAT // math.gcd(REPEAT, width)  # every piece begins where the swizzle does
+    count = -(-positions // (most // unit * unit))
+    piece = -(-positions // (count * unit)) * unit
+    return count, piece, piece * width
+
+
+def _launch(
+    form: Form, dtype: str, activation: str, limits: DeviceLimits, chosen: _Candidate, rejected: tuple[str, ...]
+) -> LaunchPlan:
+    """The launch of a candidate."""
+    shape, element, columns = form.shape, ELEMENTS[dtype], form.columns
+    view, box, (bm, bn, gm, gn, bk) = chosen.view, chosen.box, chosen.tile
+    channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
     tiles_n = -(-columns // bn)
     tiles = box.tiles * tiles_n * shape.groups
-    steps = taps * -(-channels // bk)
-    blocks = min(tiles, limits.multiprocessors)
     # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
     band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
-    sizes = form.upsampled[0] if form.upsampled else shape.out_size
-    y_size = shape.batch * math.prod(sizes) * _filters(form) * shape.groups
-    width = index_bytes(2 * y_size, tiles + blocks, steps)
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    least_bytes = (x_size + form.depth * columns * shape.groups + y_size) * element.bytes
-    work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
-    cost = _cost(limits, (bm, bn, gm, gn, bk), box.rows, tiles, steps, work, least_bytes)
+    steps = taps * -(-channels // bk)
+    furthest = (view.counts[0] + MAP_BOX) * max(1, view.strands)
+    width = index_bytes(2 * form.count, tiles + chosen.blocks, steps, furthest)
+    stages_bytes = chosen.stages * chosen.stage_rows * bk * 2 + chosen.w_stages * -(-bn // SLICE) * SLICE_BYTES * bk
+    shared_bytes = stages_bytes + (chosen.stages + chosen.w_stages) * BARRIER_BYTES + RESULT_BYTES
+    strands: tuple[int, ...] = ()
+    if view.strands:
+        strands = (view.strands, view.offset, view.ragged, -(-view.ragged // box.sizes[-1]))
+    useful = 100 * chosen.cost.least_flops / max(1, chosen.cost.flops)
     return LaunchPlan(
         kernel="conv_wgmma",
         constants=(
@@ -234,42 +453,70 @@ def _candidate(
             ("BK", bk),
             ("GM", gm),
             ("GN", gn),
-            ("STAGES", stages),
+            ("HALO", view.axis + 1),
+            ("PHASE", int(view.strands > 0)),
+            ("STATIONARY", int(chosen.stays)),
         ),
         integers=(
             *(tiles, box.tiles, tiles_n, band),
             *(shape.groups, channels, columns),
             *((columns, 0) if form.w_group == columns else (0, taps)),
-            *(taps, steps, shape.batch, box.items, box.rows),
-            *box.sizes,
-            *(-(-n // size) for n, size in zip(shape.out_size, box.sizes, strict=True)),
+            *(chosen.stages, chosen.w_stages, chosen.stage_rows),
+            *_pieces(view, box),
+            *(math.prod(view.taps), math.prod(view.taps[1:]) * -(-channels // bk)),
+            *(view.shared, view.spread * (box.rows // box.sizes[0])),
+            *(shape.batch, box.rows),
             *shape.out_size,
-            *shape.kernel_size,
-            *shape.strides,
-            *shape.dilation_rate,
-            *shape.pad_before,
+            *box.sizes,
+            *view.boxes(box.sizes),
+            *view.taps,
+            *view.pitches,
+            *view.strides,
+            *view.dilations,
+            *view.pads,
+            *strands,
             *(size for sizes in form.upsampled for size in sizes),
         ),
-        grid=(blocks, 1, 1),
+        grid=(chosen.blocks, 1, 1),
         block=(THREADS, 1, 1),
         index_bytes=width,
         shared_bytes=shared_bytes,
         dynamic_shared_bytes=shared_bytes,
         registers=REGISTERS,
-        reason=_reason((bm, bn, bk), stages, box, tiles, cost, limits),
-        cost=cost,
-        maps=maps,
+        reason=(
+            f"{chosen}; boxes of {'x'.join(map(str, box.sizes))} positions, {useful:.0f} % of its products count, "
+            f"{tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
+        ),
+        rejected=rejected,
+        cost=chosen.cost,
+        maps=_maps(form, dtype, view, box, bk),
     )
 
 
-def _map_of_x(shape: ConvShape, dtype: str, box: Box, bk: int) -> TensorMap:
-    """Of boxes of `bk` channels at the inputs that the positions of `box` read for one tap."""
-    sizes = (shape.in_channels, *reversed(shape.in_size), shape.batch)
-    strides = tuple(ELEMENTS[dtype].bytes * each for each in itertools.accumulate(sizes[:-1], int.__mul__))
-    steps = (1, *reversed(shape.strides), 1)
-    spans = (bk, *reversed(box.sizes), box.items)
+def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[TensorMap, ...]:
+    """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights."""
+    shape, element_bytes = form.shape, ELEMENTS[dtype].bytes
+    pitches = [math.prod((*shape.in_size[a + 1 :], shape.in_channels)) for a in range(shape.rank)]
+    axes = [(shape.batch, math.prod((*shape.in_size, shape.in_channels)))]  # inputs, and elements from one to the next
+    axes += [each for a, each in enumerate(zip(shape.in_size, pitches, strict=True)) if a != view.axis]
+    whole: list[list[tuple[int, int]]] = [axes]
+    if view.axis >= 0:
+        size, pitch = shape.in_size[view.axis], pitches[view.axis]
+        whole = [[(size, pitch), *axes]]
+        if view.strands:
+            rest = [(size // view.strands, pitch * view.strands), *axes, (view.strands, pitch)]
+            more = [(size // view.strands + 1, pitch * view.strands), *axes, (view.ragged, pitch)]
+            whole = [more if view.ragged else rest, rest]
+    _, piece, _ = _pieces(view, box)
+    steps = (1, *reversed(view.strides))
+    spans = (bk, *reversed((piece, *box.sizes[1:])))
     extents = tuple(span * step for span, step in zip(spans, steps, strict=True))
-    return TensorMap(0, dtype, sizes, strides, extents, steps, bk * ELEMENTS[dtype].bytes)
+    maps = []
+    for each in whole:
+        sizes, strides = zip(*reversed(each), strict=True)
+        strides = tuple(stride * element_bytes for stride in strides)
+        maps.append(TensorMap(0, dtype, (shape.in_channels, *sizes), strides, extents, steps, bk * element_bytes))
+    return *maps, _map_of_w(form, dtype, bk)
 
 
 def _map_of_w(form: Form, dtype: str, bk: int) -> TensorMap:
@@ -293,42 +540,26 @@ def _furthest(shape: ConvShape) -> int:
 
 def _cost(
     limits: DeviceLimits,
-    sizes: tuple[int, int, int, int, int],
-    rows: int,
-    tiles: int,
+    tile: tuple[int, int, int, int, int],
+    rounds: int,
     steps: int,
+    copied: float,
     work: tuple[int, int],
+    moved: int,
     least_bytes: int,
 ) -> Cost:
-    """The model above; `work`: operations done and needed."""
-    bm, bn, gm, gn, bk = sizes
-    row_bytes = 2 * bk
+    """The model above; `copied`: bytes a step; `work`: operations done and needed."""
+    bm, bn, gm, gn, bk = tile
     clock = limits.clock
     tensor = 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
-    copied = (rows + -(-bn // SLICE) * SLICE) * row_bytes
     # A product of 64 rows reads them, and all columns of the warpgroup.
-    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * row_bytes
+    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * bk * 2
     shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
-    rounds = -(-tiles // limits.multiprocessors)
     step = max(tensor, shared, LEAST_CYCLES / clock)
     busy = (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / clock
-    moved = tiles * steps * copied
     times = {
         "tensor cores" if tensor >= shared else "shared memory": busy,
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
         "memory": least_bytes / limits.bandwidth,
     }
     return slowest(*work, moved, least_bytes, times)
-
-
-def _reason(tile: tuple[int, int, int], stages: int, box: Box, tiles: int, cost: Cost, limits: DeviceLimits) -> str:
-    useful = 100 * cost.least_flops / max(1, cost.flops)
-    name, sizes = "x".join(map(str, tile)), "x".join(map(str, box.sizes))
-    return (
-        f"warpgroups, tile {name}, {stages} stages; boxes of {sizes} positions of {box.items} items; "
-        f"{useful:.0f} % of its products count, {tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
-    )
-
-
-def _slower(plan: LaunchPlan) -> str:
-    return f"{plan.reason.partition(';')[0]}: {plan.seconds * 1e6:.1f} us predicted"
