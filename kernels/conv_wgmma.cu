@@ -74,7 +74,7 @@ struct WarpgroupParams {
   Index batch, rows;                    // rows: positions of a box
   Index out[RANK];
   // Of the view. Of the taps on the halo's axis only the first of each class is counted here, the others are halo_taps.
-  Index box[AXES], boxes[AXES], taps[AXES], tap_pitch[AXES], stride[AXES], dilation[AXES], pad[AXES];
+  Index box[AXES], boxes[AXES] /* items first */, taps[AXES], tap_pitch[AXES], stride[AXES], dilation[AXES], pad[AXES];
 #if PHASE
   Index strands, offset, ragged, ragged_boxes;
 #endif
@@ -104,6 +104,10 @@ struct Tile {
       tile /= wide;
     }
     split(tile, p.boxes, at);
+    if constexpr (HALO > 0) {  // boxes of one item after the other, as in reload
+      const Index item = at[0];
+      at[0] = at[1], at[1] = item;
+    }
 #if PHASE
     const Index behind = at[RANK + 1] - p.ragged_boxes;
 #endif
@@ -189,6 +193,7 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& ti
         for (int a = 0; a < AXES; ++a) from[AXES - a] = tile.at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
         ptx::barrier_wait(xs.empty(), xs.parity ^ 1);
         ptx::barrier_expect(xs.full(), p.pieces * p.piece_rows * ROW_BYTES);
+#pragma unroll 1
         for (Index i = 0; i < p.pieces; ++i, from[AXES] += p.piece * p.stride[0])
           ptx::load_box(xs.memory() + i * p.piece_rows * ROW_BYTES, &tile.x_map(p), xs.full(), from);
         xs.next();

@@ -10,8 +10,8 @@ fewer than the tile has rows is multiplied in vain. The modes differ in what is 
 * ``phase`` -- the same in strands of positions `dilation` apart, whose taps are neighbours;
 * ``weight-stationary``, with each of them -- a block's tiles all have the same columns, whose weights stay.
 
-Bytes are what copies bring to shared memory, zeros for what lies outside of x among them. The model takes as long as
-the slower of
+Bytes are what copies fetch, not the zeros that they write for what lies outside of an array. The model takes as long
+as the slower of
 
 * the tensor cores, at the share of their rate that large products reach;
 * shared memory: each warpgroup reads its operands, every copy writes once, 128 bytes a cycle;
@@ -90,7 +90,7 @@ class View:
     """How the positions of y are walked: its axes stand outermost first.
 
     Attributes:
-        counts: positions of each axis.
+        counts, sizes: positions of each axis, and inputs.
         taps: of each axis, that have boxes of their own; `pitches`: taps of w from one of these to the next.
         strides, dilations, pads: of each axis, as of a convolution.
         mode: "reload", "halo" or "phase".
@@ -98,12 +98,13 @@ class View:
         shared: taps of that axis, of which every `taps[0]`-th share a box.
         spread: positions from one of those to the next.
         strands, offset, ragged: position p is ``q * strands + r - offset``, of strand r, the last axis here; the first
-            `ragged` strands of x have one input more than the others. 0 but in mode "phase".
+            `ragged` strands of x have one input more than `sizes` tells. 0 but in mode "phase".
     """
 
     mode: str
     axis: int
     counts: tuple[int, ...]
+    sizes: tuple[int, ...]
     taps: tuple[int, ...]
     pitches: tuple[int, ...]
     strides: tuple[int, ...]
@@ -133,39 +134,33 @@ class View:
 
 def views(shape: ConvShape) -> list[View]:
     """Every way to walk `shape` in which taps of another axis share inputs."""
-    axes = range(shape.rank)
-    pitches = [math.prod(shape.kernel_size[a + 1 :]) for a in axes]
+    pitches = [math.prod(shape.kernel_size[a + 1 :]) for a in range(shape.rank)]
 
-    items = (shape.batch, 1, 0, 1, 0, 0)
+    items = (shape.batch, shape.batch, 1, 0, 1, 0, 0)
+    of_taps = (shape.kernel_size, pitches, shape.strides, shape.dilation_rate, shape.pad_before)
+    whole = [*zip(shape.out_size, shape.in_size, *of_taps, strict=True)]
 
-    def view(
-        mode: str, axis: int, *first: tuple[int, ...], last: Sequence[tuple[int, ...]] = (), order: Sequence[int] = ()
-    ) -> View:
-        others = (
-            (shape.out_size[a], shape.kernel_size[a], pitches[a], shape.strides[a], dilation, shape.pad_before[a])
-            for a, dilation in enumerate(shape.dilation_rate)
-            if a != axis
-        )
-        counts, taps, steps_of_w, strides, dilations, pads = zip(*first, items, *others, *last, strict=True)
-        return View(mode, axis, counts, taps, steps_of_w, strides, dilations, pads, *order)
+    def view(mode: str, axis: int, *more: tuple[int, ...], order: Sequence[int] = ()) -> View:
+        first, last = more[:1], more[1:]
+        axes = (*first, items, *whole[: max(axis, 0)], *whole[axis + 1 :], *last)
+        counts, sizes, taps, steps_of_w, strides, dilations, pads = zip(*axes, strict=True)
+        return View(mode, axis, counts, sizes, taps, steps_of_w, strides, dilations, pads, *order)
 
     found = [view("reload", -1)]
-    for axis in axes:
-        taps, stride, dilation = shape.kernel_size[axis], shape.strides[axis], shape.dilation_rate[axis]
-        pad, in_size, out_size = shape.pad_before[axis], shape.in_size[axis], shape.out_size[axis]
+    for axis, (out_size, size, taps, pitch, stride, dilation, pad) in enumerate(whole):
         together = math.gcd(stride, dilation)
         classes = stride // together
         if taps <= classes:
             continue
-        first = (out_size, classes, pitches[axis], stride, dilation, pad)
+        first = (out_size, size, classes, pitch, stride, dilation, pad)
         found.append(view("halo", axis, first, order=(taps, dilation // together)))
-        if stride == 1 and 1 < dilation <= in_size and shape.rank + 3 <= MAP_RANK:
+        if stride == 1 and 1 < dilation <= size and shape.rank + 3 <= MAP_RANK:
             # Positions p whose first input, p - pad, is the q-th of its strand, from the lowest q on.
             lowest = -pad // dilation
-            first = ((out_size - 1 - pad) // dilation - lowest + 1, 1, pitches[axis], 1, 1, -lowest)
-            strands = (dilation, 1, 0, 1, 0, 0)
-            order = (taps, 1, dilation, -lowest * dilation - pad, in_size % dilation)
-            found.append(view("phase", axis, first, last=(strands,), order=order))
+            count = (out_size - 1 - pad) // dilation - lowest + 1
+            first = (count, size // dilation, 1, pitch, 1, 1, -lowest)
+            order = (taps, 1, dilation, -lowest * dilation - pad, size % dilation)
+            found.append(view("phase", axis, first, (dilation, dilation, 1, 0, 1, 0, 0), order=order))
     return found
 
 
@@ -181,61 +176,85 @@ class Box:
         """Positions in the box."""
         return math.prod(self.sizes)
 
+    @property
+    def across(self) -> int:
+        """Of these, those at one place on the first axis."""
+        return math.prod(self.sizes[1:])
+
 
 @functools.lru_cache(maxsize=4096)
 def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Box:
     """The box of at most `rows` positions that is longest on the last axis and wastes little, else wastes least."""
     best: Box | None = None
-    choices = [_sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)]
-    for sizes in _within(choices, rows):
-        items = _balanced(batch, min(rows // math.prod(sizes), MAP_BOX))
-        tiles = -(-batch // items) * math.prod(-(-n // size) for n, size in zip(out_size, sizes, strict=True))
+    little = LITTLE_WASTE * batch * math.prod(out_size) / rows
+    choices = [
+        [(size, -(-count // size)) for size in _sizes(count, min(rows, MAP_BOX // stride))]
+        for count, stride in zip(out_size, strides, strict=True)
+    ]
+    for sizes, width, count in _within(choices, rows):
+        items = _balanced(batch, min(rows // width, MAP_BOX))
+        tiles = -(-batch // items) * count
         if best is None or tiles < best.tiles:
             best = Box((items, *sizes), tiles)
-            if tiles * rows <= LITTLE_WASTE * batch * math.prod(out_size):
+            if tiles <= little:
                 break
     if best is None:
         raise PlanError(f"warpgroups: no box for strides {strides}")
     return best
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_long_boxes(view: View, rows: int) -> tuple[Box, ...]:
-    """Of a halo, at most `rows` positions: the box of which the fewest are needed, and that which copies least."""
-    choices = [
-        [size for size in {*ACROSS, count} if size <= min(count, MOST_ACROSS, MAP_BOX // stride)]
-        for count, stride in zip(view.counts[1:], view.strides[1:], strict=True)
-    ]
+    """Of a halo, at most `rows` positions: the box that copies least of all, and least of those that waste little."""
     found = []
-    for across in _within(choices, min(rows, MOST_ACROSS)):
-        width = math.prod(across)
-        if view.spread * width % REPEAT:
-            continue
-        sizes = (_balanced(view.counts[0], rows // width), *across)
-        tiles = math.prod(view.boxes(sizes))
-        copied = tiles * (sizes[0] + view.beyond) * width
-        found.append((tiles, copied, sizes))
+    for width, (count, across) in _across(view).items():
+        if width <= rows:
+            size = _balanced(view.counts[0], rows // width)
+            tiles = -(-view.counts[0] // size) * count
+            found.append((tiles * (size + view.beyond) * width, tiles, (size, *across)))
     if not found:
         return ()
-    fewest, least = min(found), min(found, key=lambda each: (each[1], each[0]))
-    return tuple(Box(sizes, tiles) for tiles, _, sizes in dict.fromkeys((fewest, least)))
+    most = LITTLE_WASTE * min(tiles for _, tiles, _ in found)
+    best = (min(found), min(each for each in found if each[1] <= most))
+    return tuple(Box(sizes, tiles) for _, tiles, sizes in dict.fromkeys(best))
 
 
-def _within(choices: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, ...]]:
-    """One of each of `choices`, their product at most `rows`; those that are first on the last axis come first."""
+@functools.lru_cache(maxsize=4096)
+def _across(view: View) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """Sizes of a halo's box on the axes besides the first, that few boxes have to cover, by their product."""
+    choices = []
+    for most, stride in zip(view.counts[1:], view.strides[1:], strict=True):
+        limit = min(most, MOST_ACROSS, MAP_BOX // stride)
+        choices.append([(size, -(-most // size)) for size in sorted({*ACROSS, most}, reverse=True) if size <= limit])
+    if view.strands:  # those of different lengths do not meet in a box
+        short = view.strands - view.ragged
+        choices[-1] = [(size, -(-view.ragged // size) - (-short // size)) for size, _ in choices[-1]]
+    found: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for sizes, width, count in _within(choices, MOST_ACROSS):
+        if view.spread * width % REPEAT == 0 and (width not in found or count < found[width][0]):
+            found[width] = count, sizes
+    return found
+
+
+def _within(choices: Sequence[Sequence[tuple[int, int]]], rows: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """One size of each of `choices`, their product, at most `rows`, and that of the counts that stand beside them.
+
+    Those that are first on the last axis come first.
+    """
     if not choices:
-        yield ()
+        yield (), 1, 1
         return
-    for last in choices[-1]:
-        if last <= rows:
-            yield from ((*sizes, last) for sizes in _within(choices[:-1], rows // last))
+    for size, count in choices[-1]:
+        if size <= rows:
+            for sizes, width, counts in _within(choices[:-1], rows // size):
+                yield (*sizes, size), width * size, counts * count
 
 
 def _sizes(count: int, most: int) -> list[int]:
-    """Sizes of a box on an axis of `count` positions that divide it evenly, the largest first."""
+    """Sizes of a box on an axis of `count` positions that divide it evenly, the largest first; of a long one, some."""
     parts = -(-count // most)
-    last = count if count <= MAP_BOX else parts + SIZES
-    return sorted({-(-count // each) for each in range(parts, max(parts, last) + 1)}, reverse=True)
+    last, short = (count, ()) if count <= MAP_BOX else (parts + SIZES, ACROSS)
+    even = {-(-count // each) for each in range(parts, max(parts, last) + 1)}
+    return sorted(even | {size for size in short if size <= most}, reverse=True)
 
 
 def _balanced(count: int, most: int) -> int:
@@ -257,17 +276,19 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     found: list[_Candidate] = []
     lost: list[str] = []
     for view in views(form.shape):
-        boxes = {bm: _boxes(view, bm) for bm in {sizes[0] for sizes in TILES}}
-        if not any(boxes.values()):
+        by_rows = {rows: _boxes(view, rows) for rows in {sizes[0] for sizes in TILES}}
+        boxes = [(box, sizes) for sizes in TILES for box in by_rows[sizes[0]]]
+        if not boxes:
             lost.append(f"{view}: no box whose taps are {REPEAT} rows apart, where operands may begin")
-        for bk, bm in itertools.product(steps, boxes):
-            for box in boxes[bm]:
-                if problem := next(filter(None, (each.problem() for each in _maps(form, dtype, view, box, bk))), ""):
-                    lost.append(f"{view}: no tensor map, {problem}")
-                    continue
-                for sizes in TILES:
-                    if sizes[0] == bm:
-                        found += _candidates(form, limits, view, box, (*sizes, bk))
+            continue
+        # What a driver refuses is the same for all boxes: they keep to its limits.
+        maps = _maps(form, dtype, view, boxes[0][0], steps[0])
+        if problem := next(filter(None, (each.problem() for each in maps)), ""):
+            lost.append(f"{view}: no tensor map, {problem}")
+            continue
+        fastest = [math.inf, math.inf]  # with weights that are streamed, and that stay
+        for bk, (box, sizes) in itertools.product(steps, boxes):
+            found += _candidates(form, limits, view, box, (*sizes, bk), fastest)
     if not found:
         raise PlanError(
             "; ".join(dict.fromkeys(lost)) or f"warpgroups: {limits.name} has no shared memory for two stages"
@@ -361,55 +382,114 @@ class _Candidate:
 
 
 def _candidates(
-    form: Form, limits: DeviceLimits, view: View, box: Box, tile: tuple[int, int, int, int, int]
+    form: Form,
+    limits: DeviceLimits,
+    view: View,
+    box: Box,
+    tile: tuple[int, int, int, int, int],
+    fastest: list[float],
 ) -> Iterator[_Candidate]:
-    """Those of a box and a tile that fit: with weights that are streamed, and with weights that stay."""
+    """Those of a box and a tile: with weights that are streamed, and with weights that stay.
+
+    Only those that fit, and that may be faster than `fastest` of their kind, which is kept.
+    """
     bm, bn, _, _, bk = tile
     shape = form.shape
     channels = shape.in_channels // shape.groups
-    chunks = -(-channels // bk)
     if shape.groups > 1 and channels % bk:
         return
-    steps, loads = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks
-    pieces, _, piece_rows = _pieces(view, box)
-    copied = pieces * piece_rows * bk * 2
-    stage_rows = max(bm + view.beyond * (box.rows // box.sizes[0]), pieces * piece_rows)
-    x_bytes, w_bytes = stage_rows * bk * 2, -(-bn // SLICE) * SLICE_BYTES * bk
-    room = limits.shared_bytes - RESULT_BYTES
-    x_stage, w_stage = x_bytes + BARRIER_BYTES, w_bytes + BARRIER_BYTES
-    columns = -(-form.columns // bn) * shape.groups
-    tiles = box.tiles * columns
+    chunks, columns = -(-channels // bk), -(-form.columns // bn) * shape.groups
+    steps, loads, tiles = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks, box.tiles * columns
     processors = limits.multiprocessors
-    y_size = form.count
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    least_bytes = (x_size + form.depth * form.columns * shape.groups + y_size) * 2
-
-    def cost(rounds: int, copies_of_w: int) -> Cost:
+    of_columns = min(box.tiles, max(1, processors // columns))  # blocks, if weights stay
+    for stays in (False, True):
+        if stays and of_columns == box.tiles:
+            continue
+        blocks = columns * of_columns if stays else min(tiles, processors)
+        rounds = -(-box.tiles // of_columns) * -(-blocks // processors) if stays else -(-tiles // processors)
+        if _busy(limits, tile, rounds, steps, 0) > CHOICE_FACTOR * fastest[stays]:
+            continue
+        pieces, _, piece_rows = _pieces(view, box)
+        stage_rows = max(bm + view.beyond * box.across, pieces * piece_rows)
+        stages, w_stages = _stages(limits, view, tile, stage_rows, steps if stays else 0)
+        if stages < 2:
+            continue
         work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
-        x, w = tiles * loads * copied, copies_of_w * steps * w_bytes
-        return _cost(limits, tile, rounds, steps, (x + w) / tiles / steps, work, x + w, least_bytes)
+        copied = loads * pieces * piece_rows * bk * 2 + (blocks / tiles if stays else 1) * steps * _slices(bn) * bk
+        # Of w, a block whose weights stay reads what one tile does.
+        moved = 2 * channels * columns * _inputs(view, box)
+        moved += _weights(form, bn) * (of_columns if stays else box.tiles)
+        cost = _cost(form, limits, tile, rounds, steps, copied, work, moved)
+        fastest[stays] = min(fastest[stays], cost.seconds)
+        yield _Candidate(view, box, tile, stays, stages, w_stages, stage_rows, blocks, cost)
 
-    # Of the stages that fit, those that hold the most steps ahead: a stage of x serves some.
+
+@functools.lru_cache(maxsize=4096)
+def _inputs(view: View, box: Box) -> int:
+    """Inputs that the tiles of a view read for all taps, those apart that lie outside of x."""
+    pieces, piece, _ = _pieces(view, box)
+    spans = (pieces * piece, *box.sizes[1:])
+    of_axes = list(zip(view.counts, view.sizes, view.taps, view.strides, view.dilations, view.pads, strict=True))
+    if not view.strands:
+        return math.prod(_read(*axis, size, span) for axis, size, span in zip(of_axes, box.sizes, spans, strict=True))
+    (count, inputs, *rest), *others, _ = of_axes
+    across = math.prod(_read(*axis, size, size) for axis, size in zip(others, box.sizes[1:-1], strict=True))
+    lengths = ((inputs + 1, view.ragged), (inputs, view.strands - view.ragged))
+    return across * sum(_read(count, n, *rest, box.sizes[0], spans[0]) * strands for n, strands in lengths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(count: int, inputs: int, taps: int, stride: int, dilation: int, pad: int, size: int, span: int) -> int:
+    """Inputs that boxes of `size` of `count` positions read for all taps on an axis, `span` each, if they exist."""
+    boxes, found = -(-count // size), 0
+    for tap in range(taps):
+        first = tap * dilation - pad
+        low, high = -(first // stride), -((first - inputs) // stride)
+        found += _overlap(high, boxes, size, span) - _overlap(low, boxes, size, span)
+    return found
+
+
+def _overlap(end: int, boxes: int, size: int, span: int) -> int:
+    """How much of boxes that begin `size` apart, `span` long, lies before `end`."""
+    if end <= 0:
+        return 0
+    whole = min(boxes, max(0, (end - span) // size + 1))
+    begun = max(whole, min(boxes, -(-end // size)))
+    return whole * span + (begun - whole) * end - size * (whole + begun - 1) * (begun - whole) // 2
+
+
+def _weights(form: Form, bn: int) -> int:
+    """Bytes of w that tiles of all columns and groups read once."""
+    groups, tiles, wide = form.shape.groups, -(-form.columns // bn), -(-bn // SLICE) * SLICE
+    starts = range(0, form.w_pitch, form.columns) if form.w_group == form.columns else [0] * groups
+    return 2 * form.depth * sum(_overlap(form.w_pitch - start, tiles, bn, wide) for start in starts)
+
+
+def _slices(bn: int) -> int:
+    """Bytes of a row of w in shared memory."""
+    return -(-bn // SLICE) * SLICE_BYTES
+
+
+def _stages(
+    limits: DeviceLimits, view: View, tile: tuple[int, int, int, int, int], stage_rows: int, all_of_w: int
+) -> tuple[int, int]:
+    """Stages of x and of w that fit shared memory, of w `all_of_w` if that is not 0."""
+    _, bn, _, _, bk = tile
+    room = limits.shared_bytes - RESULT_BYTES
+    x, w = stage_rows * bk * 2 + BARRIER_BYTES, _slices(bn) * bk + BARRIER_BYTES
+    if all_of_w:
+        return min(MOST_STAGES, (room - all_of_w * w) // x), all_of_w
+    # Those that hold the most steps ahead, where a stage of x serves some.
     served = -(-view.shared // view.taps[0])
-    ahead, stages, w_stages = max(
-        (min(n * served, m), n, m)
-        for n in range(2, MOST_STAGES + 1)
-        for m in (min(MOST_STAGES, (room - n * x_stage) // w_stage),)
-    )
-    if ahead >= 2:
-        rounds, blocks = -(-tiles // processors), min(tiles, processors)
-        yield _Candidate(view, box, tile, False, stages, w_stages, stage_rows, blocks, cost(rounds, tiles))
-    stages = min(MOST_STAGES, (room - steps * w_stage) // x_stage)
-    of_columns = min(box.tiles, max(1, processors // columns))  # blocks
-    if stages >= 2 and of_columns < box.tiles:
-        blocks = columns * of_columns
-        rounds = -(-box.tiles // of_columns) * -(-blocks // processors)
-        yield _Candidate(view, box, tile, True, stages, steps, stage_rows, blocks, cost(rounds, blocks))
+    most = min(MOST_STAGES, (room - 2 * w) // x)
+    held = ((min(n * served, (room - n * x) // w, MOST_STAGES), n) for n in range(2, most + 1))
+    _, stages = max(held, default=(0, 0))
+    return stages, min(MOST_STAGES, (room - stages * x) // w)
 
 
 def _pieces(view: View, box: Box) -> tuple[int, int, int]:
     """Boxes that bring a stage of x, positions on the first axis of each, and their rows."""
-    width, positions, most = box.rows // box.sizes[0], box.sizes[0] + view.beyond, MAP_BOX // view.strides[0]
+    width, positions, most = box.across, box.sizes[0] + view.beyond, MAP_BOX // view.strides[0]
     if positions <= most:
         return 1, positions, positions * width
     unit = REPEAT // math.gcd(REPEAT, width)  # every piece begins where the swizzle does
@@ -432,8 +512,9 @@ def _launch(
     steps = taps * -(-channels // bk)
     furthest = (view.counts[0] + MAP_BOX) * max(1, view.strands)
     width = index_bytes(2 * form.count, tiles + chosen.blocks, steps, furthest)
-    stages_bytes = chosen.stages * chosen.stage_rows * bk * 2 + chosen.w_stages * -(-bn // SLICE) * SLICE_BYTES * bk
+    stages_bytes = chosen.stages * chosen.stage_rows * bk * 2 + chosen.w_stages * _slices(bn) * bk
     shared_bytes = stages_bytes + (chosen.stages + chosen.w_stages) * BARRIER_BYTES + RESULT_BYTES
+    boxes = view.boxes(box.sizes)
     strands: tuple[int, ...] = ()
     if view.strands:
         strands = (view.strands, view.offset, view.ragged, -(-view.ragged // box.sizes[-1]))
@@ -464,11 +545,11 @@ def _launch(
             *(chosen.stages, chosen.w_stages, chosen.stage_rows),
             *_pieces(view, box),
             *(math.prod(view.taps), math.prod(view.taps[1:]) * -(-channels // bk)),
-            *(view.shared, view.spread * (box.rows // box.sizes[0])),
+            *(view.shared, view.spread * (box.across)),
             *(shape.batch, box.rows),
             *shape.out_size,
             *box.sizes,
-            *view.boxes(box.sizes),
+            *(boxes if view.axis < 0 else (boxes[1], boxes[0], *boxes[2:])),
             *view.taps,
             *view.pitches,
             *view.strides,
@@ -496,26 +577,26 @@ def _launch(
 def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[TensorMap, ...]:
     """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights."""
     shape, element_bytes = form.shape, ELEMENTS[dtype].bytes
+    item = math.prod(shape.in_size) * shape.in_channels  # elements
     pitches = [math.prod((*shape.in_size[a + 1 :], shape.in_channels)) for a in range(shape.rank)]
-    axes = [(shape.batch, math.prod((*shape.in_size, shape.in_channels)))]  # inputs, and elements from one to the next
-    axes += [each for a, each in enumerate(zip(shape.in_size, pitches, strict=True)) if a != view.axis]
-    whole: list[list[tuple[int, int]]] = [axes]
-    if view.axis >= 0:
-        size, pitch = shape.in_size[view.axis], pitches[view.axis]
-        whole = [[(size, pitch), *axes]]
-        if view.strands:
-            rest = [(size // view.strands, pitch * view.strands), *axes, (view.strands, pitch)]
-            more = [(size // view.strands + 1, pitch * view.strands), *axes, (view.ragged, pitch)]
-            whole = [more if view.ragged else rest, rest]
-    _, piece, _ = _pieces(view, box)
+    axis, strands = view.axis, view.strands
+    if axis < 0:
+        pitches = [item, *pitches]
+    else:
+        first, others = pitches[axis], (*pitches[:axis], *pitches[axis + 1 :])
+        pitches = [first * max(1, strands), item, *others, *([first] if strands else [])]
+    kinds = [view.sizes]
+    if strands:
+        ragged = (view.sizes[0] + 1, *view.sizes[1:-1], view.ragged)
+        kinds = [ragged if view.ragged else view.sizes, view.sizes]
+    strides = tuple(pitch * element_bytes for pitch in reversed(pitches))
     steps = (1, *reversed(view.strides))
-    spans = (bk, *reversed((piece, *box.sizes[1:])))
+    spans = (bk, *reversed((_pieces(view, box)[1], *box.sizes[1:])))
     extents = tuple(span * step for span, step in zip(spans, steps, strict=True))
-    maps = []
-    for each in whole:
-        sizes, strides = zip(*reversed(each), strict=True)
-        strides = tuple(stride * element_bytes for stride in strides)
-        maps.append(TensorMap(0, dtype, (shape.in_channels, *sizes), strides, extents, steps, bk * element_bytes))
+    maps = [
+        TensorMap(0, dtype, (shape.in_channels, *reversed(sizes)), strides, extents, steps, bk * element_bytes)
+        for sizes in kinds
+    ]
     return *maps, _map_of_w(form, dtype, bk)
 
 
@@ -539,6 +620,7 @@ def _furthest(shape: ConvShape) -> int:
 
 
 def _cost(
+    form: Form,
     limits: DeviceLimits,
     tile: tuple[int, int, int, int, int],
     rounds: int,
@@ -546,20 +628,33 @@ def _cost(
     copied: float,
     work: tuple[int, int],
     moved: int,
-    least_bytes: int,
 ) -> Cost:
-    """The model above; `copied`: bytes a step; `work`: operations done and needed."""
+    """The model above; `copied`: bytes a tile, with zeros; `work`: operations done and needed."""
     bm, bn, gm, gn, bk = tile
-    clock = limits.clock
-    tensor = 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
     # A product of 64 rows reads them, and all columns of the warpgroup.
     read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * bk * 2
-    shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
-    step = max(tensor, shared, LEAST_CYCLES / clock)
-    busy = (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / clock
+    shared = (read + copied / steps) / SHARED_BYTES_A_CYCLE / limits.clock
+    shape = form.shape
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    least_bytes = (x_size + form.depth * form.columns * shape.groups + form.count) * 2
     times = {
-        "tensor cores" if tensor >= shared else "shared memory": busy,
+        "tensor cores" if _product(limits, tile) >= shared else "shared memory": _busy(
+            limits, tile, rounds, steps, shared
+        ),
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
         "memory": least_bytes / limits.bandwidth,
     }
     return slowest(*work, moved, least_bytes, times)
+
+
+def _product(limits: DeviceLimits, tile: tuple[int, int, int, int, int]) -> float:
+    """Seconds of the tensor cores for a step."""
+    bm, bn, _, _, bk = tile
+    return 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
+
+
+def _busy(limits: DeviceLimits, tile: tuple[int, int, int, int, int], rounds: int, steps: int, shared: float) -> float:
+    """Seconds of the busiest multiprocessor, whose shared memory takes `shared` of them for a step."""
+    bm, bn, *_ = tile
+    step = max(_product(limits, tile), shared, LEAST_CYCLES / limits.clock)
+    return (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / limits.clock
