@@ -119,7 +119,7 @@ class View:
     def __str__(self) -> str:
         return f"warpgroups, {self.mode}{f' of axis {self.axis}' if self.axis >= 0 else ''}"
 
-    @property
+    @functools.cached_property
     def beyond(self) -> int:
         """Positions of the first axis that a box has for taps, besides those of the tile."""
         return (-(-self.shared // self.taps[0]) - 1) * self.spread
@@ -171,12 +171,12 @@ class Box:
     sizes: tuple[int, ...]
     tiles: int
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """Positions in the box."""
         return math.prod(self.sizes)
 
-    @property
+    @functools.cached_property
     def across(self) -> int:
         """Of these, those at one place on the first axis."""
         return math.prod(self.sizes[1:])
@@ -275,24 +275,28 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     steps = [bk for bk in STEPS if bk == STEPS[0] or -channels % bk < -channels % STEPS[0]]
     found: list[_Candidate] = []
     lost: list[str] = []
+    if form.shape.rank + 3 > MAP_RANK and max(form.shape.dilation_rate) > 1:
+        lost.append(f"warpgroups, phase: strands make {form.shape.rank + 3} axes of x, a tensor map has {MAP_RANK}")
     for view in views(form.shape):
         by_rows = {rows: _boxes(view, rows) for rows in {sizes[0] for sizes in TILES}}
         boxes = [(box, sizes) for sizes in TILES for box in by_rows[sizes[0]]]
         if not boxes:
             lost.append(f"{view}: no box whose taps are {REPEAT} rows apart, where operands may begin")
             continue
-        # What a driver refuses is the same for all boxes: they keep to its limits.
-        maps = _maps(form, dtype, view, boxes[0][0], steps[0])
-        if problem := next(filter(None, (each.problem() for each in maps)), ""):
-            lost.append(f"{view}: no tensor map, {problem}")
-            continue
+        if view.mode == "reload":
+            # What a driver refuses is the same in every view and for all boxes, which keep to its limits.
+            for map_ in _maps(form, dtype, view, boxes[0][0], steps[0]):
+                if problem := map_.problem():
+                    raise PlanError(f"warpgroups: no tensor map, {problem}")
         fastest = [math.inf, math.inf]  # with weights that are streamed, and that stay
         for bk, (box, sizes) in itertools.product(steps, boxes):
             found += _candidates(form, limits, view, box, (*sizes, bk), fastest)
+        if math.isinf(fastest[False]):
+            lost.append(f"{view}: no tile has two stages in the shared memory of {limits.name}")
+        if math.isinf(fastest[True]):
+            lost.append(f"{view}, weight-stationary: they do not fit, or no block has two tiles of the same columns")
     if not found:
-        raise PlanError(
-            "; ".join(dict.fromkeys(lost)) or f"warpgroups: {limits.name} has no shared memory for two stages"
-        )
+        raise PlanError("; ".join(lost))
     # Of those that are about as fast, the one that moves least; where the memory is slow, they all are.
     least = min(each.cost.seconds for each in found)
     best = min(
@@ -305,7 +309,7 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     others = [
         f"{each}, {each.cost.seconds * 1e6:.1f} us predicted" for each in modes.values() if each.mode != best.mode
     ]
-    return _launch(form, dtype, activation, limits, best, (*others, *dict.fromkeys(lost)))
+    return _launch(form, dtype, activation, limits, best, (*others, *lost))
 
 
 def require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
@@ -402,8 +406,9 @@ def _candidates(
     steps, loads, tiles = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks, box.tiles * columns
     processors = limits.multiprocessors
     of_columns = min(box.tiles, max(1, processors // columns))  # blocks, if weights stay
+    all_of_w = steps * (_slices(bn) * bk + BARRIER_BYTES)
     for stays in (False, True):
-        if stays and of_columns == box.tiles:
+        if stays and (of_columns == box.tiles or all_of_w > limits.shared_bytes):
             continue
         blocks = columns * of_columns if stays else min(tiles, processors)
         rounds = -(-box.tiles // of_columns) * -(-blocks // processors) if stays else -(-tiles // processors)
