@@ -90,11 +90,11 @@ class View:
     """How the positions of y are walked: its axes stand outermost first.
 
     Attributes:
+        mode: "reload", "halo" or "phase".
+        axis: of y, whose taps share a box; it is the first here. -1 in mode "reload", where batch items are.
         counts, sizes: positions of each axis, and inputs.
         taps: of each axis, that have boxes of their own; `pitches`: taps of w from one of these to the next.
         strides, dilations, pads: of each axis, as of a convolution.
-        mode: "reload", "halo" or "phase".
-        axis: of y, whose taps share a box; it is the first here. -1 in mode "reload", where batch items are.
         shared: taps of that axis, of which every `taps[0]`-th share a box.
         spread: positions from one of those to the next.
         strands, offset, ragged: position p is ``q * strands + r - offset``, of strand r, the last axis here; the first
@@ -133,34 +133,33 @@ class View:
 
 
 def views(shape: ConvShape) -> list[View]:
-    """Every way to walk `shape` in which taps of another axis share inputs."""
+    """The ways to walk `shape`: one without, and those in which the taps of an axis share inputs."""
     pitches = [math.prod(shape.kernel_size[a + 1 :]) for a in range(shape.rank)]
-
-    items = (shape.batch, shape.batch, 1, 0, 1, 0, 0)
     of_taps = (shape.kernel_size, pitches, shape.strides, shape.dilation_rate, shape.pad_before)
     whole = [*zip(shape.out_size, shape.in_size, *of_taps, strict=True)]
+    items = (shape.batch, shape.batch, 1, 0, 1, 0, 0)
 
-    def view(mode: str, axis: int, *more: tuple[int, ...], order: Sequence[int] = ()) -> View:
-        first, last = more[:1], more[1:]
-        axes = (*first, items, *whole[: max(axis, 0)], *whole[axis + 1 :], *last)
+    def view(mode: str, axis: int, *axes: tuple[int, ...], order: Sequence[int] = ()) -> View:
         counts, sizes, taps, steps_of_w, strides, dilations, pads = zip(*axes, strict=True)
         return View(mode, axis, counts, sizes, taps, steps_of_w, strides, dilations, pads, *order)
 
-    found = [view("reload", -1)]
+    found = [view("reload", -1, items, *whole)]
     for axis, (out_size, size, taps, pitch, stride, dilation, pad) in enumerate(whole):
         together = math.gcd(stride, dilation)
         classes = stride // together
         if taps <= classes:
             continue
+        others = (items, *whole[:axis], *whole[axis + 1 :])
         first = (out_size, size, classes, pitch, stride, dilation, pad)
-        found.append(view("halo", axis, first, order=(taps, dilation // together)))
+        found.append(view("halo", axis, first, *others, order=(taps, dilation // together)))
         if stride == 1 and 1 < dilation <= size and shape.rank + 3 <= MAP_RANK:
             # Positions p whose first input, p - pad, is the q-th of its strand, from the lowest q on.
             lowest = -pad // dilation
             count = (out_size - 1 - pad) // dilation - lowest + 1
             first = (count, size // dilation, 1, pitch, 1, 1, -lowest)
+            strands = (dilation, dilation, 1, 0, 1, 0, 0)
             order = (taps, 1, dilation, -lowest * dilation - pad, size % dilation)
-            found.append(view("phase", axis, first, (dilation, dilation, 1, 0, 1, 0, 0), order=order))
+            found.append(view("phase", axis, first, *others, strands, order=order))
     return found
 
 
@@ -293,7 +292,7 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
             found += _candidates(form, limits, view, box, (*sizes, bk), fastest)
         if math.isinf(fastest[False]):
             lost.append(f"{view}: no tile has two stages in the shared memory of {limits.name}")
-        if math.isinf(fastest[True]):
+        elif math.isinf(fastest[True]):
             lost.append(f"{view}, weight-stationary: they do not fit, or no block has two tiles of the same columns")
     if not found:
         raise PlanError("; ".join(lost))
@@ -328,7 +327,7 @@ def require(form: Form, element: Element, aligned: tuple[int, ...], limits: Devi
         raise PlanError("warpgroups: only channels_last")
     if channels % 8 or filters % 8:
         raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of 8")
-    if not form.depth:
+    if not form.products:
         raise PlanError("warpgroups: there are no products")
     if shape.groups > 1 and channels % STEPS[-1]:
         raise PlanError(
