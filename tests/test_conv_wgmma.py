@@ -451,9 +451,14 @@ def staying(runtime):
     Case((2, 400, 72), (3, 72, 136), "bfloat16", padding="same").check_forward(runtime)
 
 
+def staying_halo(runtime):
+    """Nothing but x is waited for, by which the copies are six stages ahead."""
+    Case((8, 100, 200), (3, 200, 24), "bfloat16", padding="same").check_forward(runtime)
+
+
 MODES = {
     halo: {"mode": HALO}, classes: {"mode": HALO}, pieces: {"mode": HALO}, strands: {"mode": PHASE},
-    staying: {"stays": True},
+    staying: {"stays": True}, staying_halo: {"mode": HALO, "stays": True},
 }  # fmt: skip
 PLANTS = {
     "the producer waits for the wrong round of x": (
@@ -509,7 +514,7 @@ PLANTS = {
         sequence, {"race"}),
     "a stage of x given back each tap": (
         "x_before = 0, w_before = STATIONARY", "x_before = xs.empty(), w_before = STATIONARY",
-        halo, {"race"}),
+        staying_halo, {"race"}),
     "a stage given back by one warpgroup": ("CONSUMERS * 4);", "4);", sequence, {"deadlock"}),
     "products that are not waited for": ("products_wait<1>(acc);", "products_wait<2>(acc);", sequence, {"race"}),
     "sums before they are there": ("products_wait<0>(acc);", "products_wait<1>(acc);", sequence, {"pending"}),
