@@ -10,15 +10,15 @@
 // A step of its sum is one tap and BK channels, for which x is the same box elsewhere: the copy engine brings it, at any
 // stride, and zeros for what lies outside of x on any axis. 16-bit elements. UPSAMPLED as in conv_simt.cu.
 //
-// The view      axes, outermost first
+// The view      its axes, outermost first
 //   reload      batch items, then the axes of y. Each step has a box of its own.
-//   HALO        its axis, batch items, the other axes. A box is longer on the first of them, and serves all taps there
-//               that are whole steps of its stride apart: a tap is `tap_rows` rows behind the one before. These are
-//               multiples of 8, from which on the swizzle repeats, so that a descriptor may begin at any tap. Whether it
-//               may begin at other rows is for a GPU to tell: the manual does not say so.
-//   PHASE       a HALO at stride 1 in strands: positions p = q * strands + r - offset are the q of each r, the last of
-//               the axes, and an input has its tap from `strands` on in the same r. The first `ragged` strands of x are
-//               longer than the others by one, so each kind has a map of its own.
+//   HALO        one axis of y, batch items, the other axes. A box is longer on the first of them and serves all taps there
+//               that are whole steps of the stride apart, or each class of them its own. A tap is `tap_rows` rows behind
+//               the one before, a multiple of 8: then the swizzle repeats, so that a descriptor may begin there. Whether
+//               it may begin at other rows the manual leaves open, and no GPU has told yet.
+//   PHASE       a HALO of a dilation, at stride 1, in strands: position q * strands + r - offset is the q-th of strand r,
+//               which is the last axis. Taps are neighbours in a strand. The first `ragged` strands of x are longer than
+//               the others by one input, so each kind has a map of its own, and no box has both.
 //
 // Arrays, C-contiguous   x [B, L.., C]   w [R.., C/G, F], of UPSAMPLED [G, taps.., C/G, columns]   bias [F]   y [B, P.., F]
 //
@@ -73,10 +73,10 @@ struct WarpgroupParams {
   Index halo_taps, tap_rows;
   Index batch, rows;                    // rows: positions of a box
   Index out[RANK];
-  // Of the view. Of the taps on the halo's axis only the first of each class is counted here, the others are halo_taps.
-  Index box[AXES], boxes[AXES] /* items first */, taps[AXES], tap_pitch[AXES], stride[AXES], dilation[AXES], pad[AXES];
+  // Of the view, but that `boxes` begin with items. On the halo's axis `taps` are classes; halo_taps are all of them.
+  Index box[AXES], boxes[AXES], taps[AXES], tap_pitch[AXES], stride[AXES], dilation[AXES], pad[AXES];
 #if PHASE
-  Index strands, offset, ragged, ragged_boxes;
+  Index strands, offset, ragged, ragged_boxes;  // boxes: on the axis of strands
 #endif
 #if UPSAMPLED
   Index full[RANK], up[RANK], phases[RANK], shift[RANK];

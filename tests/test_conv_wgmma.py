@@ -374,6 +374,19 @@ def test_nan_stays_where_it_is_read(groups):
 
 
 @in_the_emulator
+@pytest.mark.parametrize("mode, dilation", [(HALO, 1), (HALO, 3), (PHASE, 12)])
+def test_nan_stays_among_inputs_that_taps_share(mode, dilation):
+    """The last input of an item and the first of another: no tap of an item in between has them."""
+    case = Case((8, 50, 8), (3, 8, 8), "bfloat16", padding="same", dilation_rate=dilation)
+    case.x[2, -1] = case.x[4, 0] = np.nan
+    with only(SMALL, mode=mode):
+        y = case.forward(trace())
+    lost = {(2, 49), (2, 49 - dilation), (4, 0), (4, dilation)}
+    assert set(map(tuple, np.argwhere(np.isnan(y.astype(np.float32)).any(axis=-1)))) == lost
+    assert not np.isnan(y[3].astype(np.float32)).any()
+
+
+@in_the_emulator
 def test_indices_beyond_32_bits():
     """y has more than 2**32 elements; only the last block runs, on memory that exists where it is touched."""
     n, c = 2**29 + 77, 8

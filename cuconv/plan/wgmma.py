@@ -549,7 +549,7 @@ def _launch(
             *(chosen.stages, chosen.w_stages, chosen.stage_rows),
             *_pieces(view, box),
             *(math.prod(view.taps), math.prod(view.taps[1:]) * -(-channels // bk)),
-            *(view.shared, view.spread * (box.across)),
+            *(view.shared, view.spread * box.across),
             *(shape.batch, box.rows),
             *shape.out_size,
             *box.sizes,
@@ -579,7 +579,10 @@ def _launch(
 
 
 def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[TensorMap, ...]:
-    """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights."""
+    """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights.
+
+    Strides stand in the order of the view: a driver is said to want multiples of 16 bytes, not ones that grow.
+    """
     shape, element_bytes = form.shape, ELEMENTS[dtype].bytes
     item = math.prod(shape.in_size) * shape.in_channels  # elements
     pitches = [math.prod((*shape.in_size[a + 1 :], shape.in_channels)) for a in range(shape.rank)]
@@ -641,10 +644,9 @@ def _cost(
     shape = form.shape
     x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
     least_bytes = (x_size + form.depth * form.columns * shape.groups + form.count) * 2
+    unit = "tensor cores" if _product(limits, tile) >= shared else "shared memory"
     times = {
-        "tensor cores" if _product(limits, tile) >= shared else "shared memory": _busy(
-            limits, tile, rounds, steps, shared
-        ),
+        unit: _busy(limits, tile, rounds, steps, shared),
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
         "memory": least_bytes / limits.bandwidth,
     }
