@@ -387,21 +387,22 @@ def test_nan_stays_among_inputs_that_taps_share(mode, dilation):
 
 
 @in_the_emulator
-def test_indices_beyond_32_bits():
+@pytest.mark.parametrize("mode, dilation", [(RELOAD, 1), pytest.param(HALO, 8, marks=pytest.mark.exhaustive)])
+def test_indices_beyond_32_bits(mode, dilation):
     """y has more than 2**32 elements; only the last block runs, on memory that exists where it is touched."""
     n, c = 2**29 + 77, 8
-    shape = conv_shape((1, n, c), (3, c, c), padding="same")
+    shape = conv_shape((1, n, c), (3, c, c), padding="same", dilation_rate=dilation)
     x, y = np.zeros(shape.x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
     rng = np.random.default_rng(0)
     w, x[:, -300:] = uniform(rng, (3, c, c), "float16"), uniform(rng, (1, 300, c), "float16")
     limits = replace(LIMITS, multiprocessors=1 << 24)  # a tile each
     runtime = EmulatedRuntime(limits, blocks=last_blocks)
-    with only(SMALL):
+    with only(SMALL, mode=mode):
         launching.conv(runtime, shape, x, w, None, None, y, 0)
     (plan,) = runtime.launches
     assert plan.index_bytes == 8
-    rows = n % plan.maps[0].box[1]
-    expected = oracle.conv(x[:, -300:], w, padding="same")
+    rows = n % integers_of(plan)["rows"]
+    expected = oracle.conv(x[:, -300:], w, padding="same", dilation_rate=dilation)
     assert_close(y[:, -rows:], expected[:, -rows:], dtype="float16", terms=24)
     assert not y[:, -300:-rows].any()
 
