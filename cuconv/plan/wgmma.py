@@ -6,7 +6,8 @@ fewer than the tile has rows is multiplied in vain. The modes differ in what is 
 * ``reload`` -- every tap has a box of x of its own;
 * ``halo`` -- a box that is longer on one axis serves all of its taps. The other axes and batch items lie innermost, so
   that a tap is 8 rows behind the one before, or a multiple of 8: after 8 rows the swizzle of shared memory repeats, and
-  operands may begin there. Whether they may begin at any row, which a single sequence would need, no GPU has told yet;
+  operands may begin there. Whether they may begin at any row, which a single sequence would need, is what `shift` of
+  benchmarks/probe.py asks; no GPU has told yet;
 * ``phase`` -- the same in strands of positions `dilation` apart, whose taps are neighbours;
 * ``weight-stationary``, with each of them -- a block's tiles all have the same columns, whose weights stay.
 
@@ -280,7 +281,7 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
         by_rows = {rows: _boxes(view, rows) for rows in {sizes[0] for sizes in TILES}}
         boxes = [(box, sizes) for sizes in TILES for box in by_rows[sizes[0]]]
         if not boxes:
-            lost.append(f"{view}: no box whose taps are {REPEAT} rows apart, where operands may begin")
+            lost.append(f"{view}: no box whose taps are a multiple of {REPEAT} rows apart, where operands may begin")
             continue
         if view.mode == "reload":
             # What a driver refuses is the same in every view and for all boxes, which keep to its limits.
@@ -581,7 +582,8 @@ def _launch(
 def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[TensorMap, ...]:
     """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights.
 
-    Strides stand in the order of the view: a driver is said to want multiples of 16 bytes, not ones that grow.
+    Strides stand in the order of the view and need not grow from axis to axis. The manual asks for multiples of 16
+    bytes, though its example has some that do; `overlap` of benchmarks/probe.py asks a GPU.
     """
     shape, element_bytes = form.shape, ELEMENTS[dtype].bytes
     item = math.prod(shape.in_size) * shape.in_channels  # elements
