@@ -126,7 +126,7 @@ def run_tile(dtype, tile, rank, bk=64, make_runtime=trace):
 
 
 def run_case(check, case, dtype, number, tile, make_runtime=trace):
-    """A pass of a case, by conv_wgmma alone; the plan of its last launch where there is no GPU."""
+    """A pass of a case, by conv_wgmma alone; its runtime, None on a GPU."""
     x_shape, w_shape, options = case
     runtime = make_runtime(seed=number + 1)
     try:
@@ -230,11 +230,14 @@ def shared_inputs(mode, rank, rows):
 SHARING = [(HALO, 1), (HALO, 2), (HALO, 3), (PHASE, 1), (PHASE, 2)]
 
 
-def run_mode(dtype, tile, mode, rank, bk=64, make_runtime=trace):
-    """Both passes of every case, with weights that are streamed; of those where weights can stay too, the count."""
+BOTH = (Case.check_forward, Case.check_input_grad)
+
+
+def run_mode(dtype, tile, mode, rank, bk=64, make_runtime=trace, passes=BOTH):
+    """`passes` of every case, with weights that are streamed; of those where weights can stay too, the count."""
     stayed = 0
     for number, (axis, *case) in enumerate(shared_inputs(mode, rank, tile[0])):
-        for check in (Case.check_forward, Case.check_input_grad):
+        for check in passes:
             with only(tile, bk, mode, axis):
                 runtime = run_case(check, case, dtype, number, tile, make_runtime)
             if runtime:
@@ -265,10 +268,19 @@ def test_inputs_that_taps_share(mode, rank):
 
 @in_the_emulator
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("mode, rank", SHARING)
-@pytest.mark.parametrize("tile, bk", [((256, 96, 128, 96), 64), ((64, 256, 64, 128), 64), (SMALL, 32)], ids=name)
-def test_inputs_that_taps_share_in_other_tiles(tile, bk, mode, rank):
-    run_mode("float16" if rank == 1 else "bfloat16", tile, mode, rank, bk)
+@pytest.mark.parametrize("number", range(len(wgmma.TILES)), ids=lambda number: name(wgmma.TILES[number]))
+def test_inputs_that_taps_share_in_every_tile(number):
+    """A halo of a sequence, and of the other modes and ranks each in turn; gradients in every second one."""
+    tile, passes = wgmma.TILES[number], BOTH[: 1 + number % 2]
+    run_mode("float16", tile, *SHARING[0], passes=BOTH[:1])
+    run_mode("bfloat16", tile, *SHARING[1 + number % (len(SHARING) - 1)], passes=passes)
+
+
+@in_the_emulator
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode, rank", [(HALO, 1), (PHASE, 2)])
+def test_inputs_that_taps_share_in_steps_of_32_channels(mode, rank):
+    assert run_mode("bfloat16", SMALL, mode, rank, bk=32)
 
 
 @in_the_emulator
