@@ -6,24 +6,38 @@
 // Twin   cuconv/reference/conv.py::conv, transpose.py::conv_transpose      Plan  cuconv/plan/wgmma.py
 // Test   tests/test_conv_wgmma.py
 //
-// The rows of a tile are the positions of a box, `box` of them on each axis and of `items` batch items; its columns are
-// BN filters. A step of its sum is one tap and BK channels, for which x is the same box elsewhere: the copy engine
-// brings it, at any stride, and zeros for what lies outside of x on any axis. 16-bit elements. UPSAMPLED as in
-// conv_simt.cu.
+// The rows of a tile are the positions of a box, `box` of them on each axis of a view of y; its columns are BN filters.
+// A step of its sum is one tap and BK channels, for which x is the same box elsewhere: the copy engine brings it, at any
+// stride, and zeros for what lies outside of x on any axis. 16-bit elements. UPSAMPLED as in conv_simt.cu.
+//
+// The view      its axes, outermost first
+//   reload      batch items, then the axes of y. Each step has a box of its own.
+//   HALO        one axis of y, batch items, the other axes. A box is longer on the first of them and serves all taps there
+//               that are whole steps of the stride apart, or each class of them its own. A tap is `tap_rows` rows behind
+//               the one before, a multiple of 8: then the swizzle repeats, so that a descriptor may begin there. Whether
+//               it may begin at other rows the manual leaves open, and no GPU has told yet.
+//   PHASE       a HALO of a dilation, at stride 1, in strands: position q * strands + r - offset is the q-th of strand r,
+//               which is the last axis. Taps are neighbours in a strand. The first `ragged` strands of x are longer than
+//               the others by one input, so each kind has a map of its own, and no box has both.
 //
 // Arrays, C-contiguous   x [B, L.., C]   w [R.., C/G, F], of UPSAMPLED [G, taps.., C/G, columns]   bias [F]   y [B, P.., F]
 //
 // Work split
-//   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache
+//   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache.
+//                STATIONARY: all tiles of a block have the same columns
 //   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
 //
-// Shared memory, STAGES of one step each:  xs [BM][BK]   ws [BN / 64, rounded up][BK][64], swizzled within their rows;
-//   then 16 rows of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again.
-//   Rows of xs that no box fills, for want of positions, stay zero.
+// Shared memory   two rings: ws [w_stages][BN / 64, rounded up][BK][64]   xs [stages][stage_rows][BK], swizzled within
+//   their rows; STATIONARY: ws has a stage for each step, filled once. Then 16 rows of y for each warp that multiplies,
+//   and two barriers a stage: it is full, and it is empty again. Rows of xs that no box fills, for want of positions,
+//   stay zero.
 
 #include "conv.cuh"
 
-// Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   STAGES ACTIVATION
+// Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   ACTIVATION
+// HALO (0, or 1 + the axis whose taps share inputs)   PHASE STATIONARY
+constexpr int AXES = RANK + 1 + PHASE;  // of the view
+static_assert(HALO <= RANK && (HALO || !PHASE), "strands are of the halo's axis");
 constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int ROW_BYTES = BK * sizeof(E), W_ROW_BYTES = 64 * sizeof(E);
 static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "a row is what a swizzle spans");
@@ -33,7 +47,7 @@ constexpr int TM = GM / 64;                             // products of a warpgro
 constexpr int SLICE_BYTES = BK * W_ROW_BYTES;           // 64 columns of ws
 constexpr int SLICES = ceil_div(BN, 64);
 static_assert(GROUPS_N == 1 || GN % 64 == 0, "a slice belongs to one warpgroup");
-constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = SLICES * SLICE_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int W_BYTES = SLICES * SLICE_BYTES;
 constexpr int Y_PITCH = 64 + 8;                         // the padding spreads what a warp writes over the banks
 constexpr int Y_BYTES = CONSUMERS * 4 * 16 * Y_PITCH * sizeof(E);
 
@@ -45,49 +59,106 @@ struct alignas(64) Map {
   unsigned char bytes[128];
 };
 struct WarpgroupParams {
-  Map x_map, w_map;  // axes: channels, positions, items; columns, channels, taps
-  const E* x;        // read through their maps, as w
+  Map x_map[1 + PHASE], w_map;  // axes: channels, those of the view, innermost first; columns, channels, taps
+  const E* x;                   // read through their maps, as w
   const E* w;
   const E* bias;  // null: none
   E* y;
-  Index tiles, tiles_m, tiles_n, band;    // of a group in m and n; a band has so many of n
-  Index groups, channels, columns;        // channels and columns of one group
-  Index group_columns, group_taps;        // from one group's w to the next, on the axes of its map
-  Index taps, steps, batch, items, rows;  // rows: positions of a box
-  Index box[RANK], boxes[RANK];
-  Index out[RANK], kernel[RANK], stride[RANK], dilation[RANK], pad[RANK];
+  Index tiles, tiles_m, tiles_n, band;  // of a group in m and n; a band has so many of n
+  Index groups, channels, columns;      // channels and columns of one group
+  Index group_columns, group_taps;      // from one group's w to the next, on the axes of its map
+  Index stages, w_stages, stage_rows;   // of the rings
+  Index pieces, piece, piece_rows;      // x comes to a stage in pieces, each so many positions of the first axis
+  Index sets, loads;                    // of taps that share x; times that one of a class comes, with all channels
+  Index halo_taps, tap_rows;
+  Index batch, rows;                    // rows: positions of a box
+  Index out[RANK];
+  // Of the view, but that `boxes` begin with items. On the halo's axis `taps` are classes; halo_taps are all of them.
+  Index box[AXES], boxes[AXES], taps[AXES], tap_pitch[AXES], stride[AXES], dilation[AXES], pad[AXES];
+#if PHASE
+  Index strands, offset, ragged, ragged_boxes;  // boxes: on the axis of strands
+#endif
 #if UPSAMPLED
   Index full[RANK], up[RANK], phases[RANK], shift[RANK];
 #endif
 };
 
-// A tile: its group, its first column, item and position.
+// A tile: its group, its first column, and where its box begins.
 struct Tile {
-  Index g, n0, b0, at[RANK];
+  Index g, n0, at[AXES];
 
   __device__ __forceinline__ Tile(const WarpgroupParams& p, Index tile) {
-    const Index in_group = p.tiles_m * p.tiles_n;
-    g = tile / in_group;
-    tile %= in_group;
-    const Index first = tile / (p.tiles_m * p.band) * p.band, left = p.tiles_n - first;
-    const Index wide = left < p.band ? left : p.band;
-    tile -= first * p.tiles_m;
-    n0 = (first + tile % wide) * BN;
-    b0 = split(tile / wide, p.boxes, at) * p.items;
+    if constexpr (STATIONARY) {
+      const Index all = p.groups * p.tiles_n, column = tile % all;
+      g = column / p.tiles_n;
+      n0 = column % p.tiles_n * BN;
+      tile /= all;
+    } else {
+      const Index in_group = p.tiles_m * p.tiles_n;
+      g = tile / in_group;
+      tile %= in_group;
+      const Index first = tile / (p.tiles_m * p.band) * p.band, left = p.tiles_n - first;
+      const Index wide = left < p.band ? left : p.band;
+      tile -= first * p.tiles_m;
+      n0 = (first + tile % wide) * BN;
+      tile /= wide;
+    }
+    split(tile, p.boxes, at);
+    if constexpr (HALO > 0) {  // boxes of one item after the other, as in reload
+      const Index item = at[0];
+      at[0] = at[1], at[1] = item;
+    }
+#if PHASE
+    const Index behind = at[RANK + 1] - p.ragged_boxes;
+#endif
 #pragma unroll
-    for (int a = 0; a < RANK; ++a) at[a] *= p.box[a];
+    for (int a = 0; a < AXES; ++a) at[a] *= p.box[a];
+#if PHASE
+    if (behind >= 0) at[RANK + 1] = p.ragged + behind * p.box[RANK + 1];
+#endif
+  }
+
+  // Of its strands.
+  __device__ __forceinline__ const Map& x_map(const WarpgroupParams& p) const {
+#if PHASE
+    return p.x_map[at[RANK + 1] >= p.ragged];
+#else
+    return p.x_map[0];
+#endif
+  }
+
+  // Whether its row m is of y, and where: in item b at `to`.
+  __device__ __forceinline__ bool position(const WarpgroupParams& p, Index m, Index& b, Index (&to)[RANK]) const {
+    Index in[AXES];
+    split(m, p.box, in);
+#pragma unroll
+    for (int a = 0; a < AXES; ++a) in[a] += at[a];
+    b = in[HALO > 0];
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) to[a] = in[a == HALO - 1 ? 0 : a < HALO ? a + 2 : a + 1];
+    bool inside = m < p.rows && b < p.batch;
+#if PHASE
+    const Index r = in[RANK + 1];
+    to[HALO - 1] = to[HALO - 1] * p.strands + r - p.offset;
+    inside = inside && r < (at[RANK + 1] < p.ragged ? p.ragged : p.strands);
+#endif
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) inside = inside && within(to[a], p.out[a]);
+    return inside;
   }
 };
 
-// The stages, one after the other: where the next one lies, its barriers, and the parity of the round it is in.
+// Stages, one after the other: where the next one lies, its barriers, and the parity of the round it is in.
 struct Ring {
-  unsigned start, barriers, stage = 0, parity = 0;
+  unsigned start, stage_bytes, barriers, stages;
+  bool turns;  // else it is filled once, and read again and again
+  unsigned stage = 0, parity = 0;
 
-  __device__ __forceinline__ unsigned memory() const { return start + stage * STAGE_BYTES; }
+  __device__ __forceinline__ unsigned memory() const { return start + stage * stage_bytes; }
   __device__ __forceinline__ unsigned full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ unsigned empty() const { return full() + STAGES * 8; }
+  __device__ __forceinline__ unsigned empty() const { return full() + stages * 8; }
   __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+    if (++stage == stages) stage = 0, parity ^= turns;
   }
 };
 
@@ -106,102 +177,132 @@ __device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned lo
   ptx::multiply_tiles_bfloat<GN>(acc, x, w);
 }
 
-// Asks for the operands of all tiles of this block.
-__device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
-  for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
-    const Tile tile(p, number);
-    Index tap[RANK] = {};
-    int from[RANK + 2], w_from[3];
-    from[RANK + 1] = tile.b0;
-    for (Index r = 0; r < p.taps; ++r) {
-      w_from[2] = tile.g * p.group_taps + r;
+// Asks for the operands of a tile, each as soon as there is room for it.
+template <bool X, bool W>
+__device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& tile, Ring& xs, Ring& ws) {
+  Index tap[AXES] = {};
+  int from[AXES + 1], w_from[3];
+  for (Index set = 0; set < p.sets; ++set) {
+    Index r = tile.g * p.group_taps;
 #pragma unroll
-      for (int a = 0; a < RANK; ++a) from[RANK - a] = tile.at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
-      for (w_from[1] = 0; w_from[1] < p.channels; w_from[1] += BK) {
+    for (int a = 0; a < AXES; ++a) r += tap[a] * p.tap_pitch[a];
+    for (w_from[1] = 0; w_from[1] < p.channels; w_from[1] += BK) {
+      if constexpr (X) {
         from[0] = tile.g * p.channels + w_from[1];
-        ptx::barrier_wait(ring.empty(), ring.parity ^ 1);
-        ptx::barrier_expect(ring.full(), p.rows * ROW_BYTES + W_BYTES);
-        ptx::load_box(ring.memory(), &p.x_map, ring.full(), from);
 #pragma unroll
-        for (int j = 0; j < SLICES; ++j) {
-          w_from[0] = tile.g * p.group_columns + tile.n0 + j * 64;
-          ptx::load_box(ring.memory() + X_BYTES + j * SLICE_BYTES, &p.w_map, ring.full(), w_from);
+        for (int a = 0; a < AXES; ++a) from[AXES - a] = tile.at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
+        ptx::barrier_wait(xs.empty(), xs.parity ^ 1);
+        ptx::barrier_expect(xs.full(), p.pieces * p.piece_rows * ROW_BYTES);
+#pragma unroll 1
+        for (Index i = 0; i < p.pieces; ++i, from[AXES] += p.piece * p.stride[0])
+          ptx::load_box(xs.memory() + i * p.piece_rows * ROW_BYTES, &tile.x_map(p), xs.full(), from);
+        xs.next();
+      }
+      if constexpr (W)
+        for (Index t = tap[0]; t < p.halo_taps; t += p.taps[0]) {
+          w_from[2] = r + (t - tap[0]) * p.tap_pitch[0];
+          if constexpr (!STATIONARY) ptx::barrier_wait(ws.empty(), ws.parity ^ 1);
+          ptx::barrier_expect(ws.full(), W_BYTES);
+#pragma unroll
+          for (int j = 0; j < SLICES; ++j) {
+            w_from[0] = tile.g * p.group_columns + tile.n0 + j * 64;
+            ptx::load_box(ws.memory() + j * SLICE_BYTES, &p.w_map, ws.full(), w_from);
+          }
+          ws.next();
         }
-        ring.next();
-      }
+    }
 #pragma unroll
-      for (int a = RANK - 1; a >= 0; --a) {
-        if (++tap[a] < p.kernel[a]) break;
-        tap[a] = 0;
-      }
+    for (int a = AXES - 1; a >= 0; --a) {
+      if (++tap[a] < p.taps[a]) break;
+      tap[a] = 0;
     }
   }
 }
 
 // The sums of one tile.
-__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& ring, int row, int column) {
+__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& xs, Ring& ws, int row,
+                                         int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
 #pragma unroll
     for (int j = 0; j < GN / 2; ++j) acc[i][j] = 0;
-  unsigned before = 0;  // what is to be emptied, once the products of the step before are made
-  for (Index step = 0; step < p.steps; ++step) {
-    const unsigned long long x = X_LAYOUT | (ring.memory() + row * ROW_BYTES) >> 4;
-    const unsigned long long w = W_LAYOUT | (ring.memory() + X_BYTES + column / 64 * SLICE_BYTES) >> 4;
-    ptx::barrier_wait(ring.full(), ring.parity);
-    ptx::products_fence();
+  // What is to be emptied, once the products of the step before are made; 0: nothing.
+  unsigned x_before = 0, w_before = 0;
+  const auto give_back = [&] {
+    if (lane == 0 && x_before) ptx::barrier_arrive(x_before);
+    if (lane == 0 && w_before) ptx::barrier_arrive(w_before);
+  };
+  for (Index first = 0; first < (HALO ? p.taps[0] : 1); ++first)
+    for (Index load = 0; load < p.loads; ++load) {
+      unsigned long long x = X_LAYOUT | (xs.memory() + row * ROW_BYTES) >> 4;
+      ptx::barrier_wait(xs.full(), xs.parity);
+      for (Index tap = first; tap < (HALO ? p.halo_taps : 1); tap += HALO ? p.taps[0] : 1) {
+        const unsigned long long w = W_LAYOUT | (ws.memory() + column / 64 * SLICE_BYTES) >> 4;
+        ptx::barrier_wait(ws.full(), ws.parity);
+        ptx::products_fence();
 #pragma unroll
-    for (int k = 0; k < BK; k += 16)
+        for (int k = 0; k < BK; k += 16)
 #pragma unroll
-      for (int i = 0; i < TM; ++i)
-        multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_ROW_BYTES / 16, E{});
-    ptx::products_commit();
-    ptx::products_wait<1>(acc);
-    if (step > 0 && lane == 0) ptx::barrier_arrive(before);
-    before = ring.empty();
-    ring.next();
-  }
+          for (int i = 0; i < TM; ++i)
+            multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_ROW_BYTES / 16, E{});
+        ptx::products_commit();
+        ptx::products_wait<1>(acc);
+        give_back();
+        x_before = 0, w_before = STATIONARY ? 0 : ws.empty();
+        ws.next();
+        x += p.tap_rows * (ROW_BYTES / 16);
+      }
+      x_before = xs.empty();
+      xs.next();
+    }
   ptx::products_wait<0>(acc);
-  if (lane == 0) ptx::barrier_arrive(before);
+  give_back();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid_constant__ WarpgroupParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const int thread = threadIdx.x;
   const unsigned start = ptx::shared_address(memory);
-  Ring ring{start, start + STAGES * STAGE_BYTES + Y_BYTES};
+  const unsigned x_bytes = p.stage_rows * ROW_BYTES, x_start = p.w_stages * W_BYTES;  // behind ws
+  const unsigned y_start = x_start + p.stages * x_bytes, barriers = start + y_start + Y_BYTES;
+  Ring xs{start + x_start, x_bytes, barriers, unsigned(p.stages), true};
+  Ring ws{start, W_BYTES, barriers + unsigned(p.stages) * 16, unsigned(p.w_stages), !STATIONARY};
   if (thread == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      ptx::barrier_init(ring.full() + stage * 8, 1);
-      ptx::barrier_init(ring.empty() + stage * 8, CONSUMERS * 4);  // each warp that multiplies
-    }
+    for (const Ring& ring : {xs, ws})
+      for (unsigned stage = 0; stage < ring.stages; ++stage) {
+        ptx::barrier_init(ring.full() + stage * 8, 1);
+        ptx::barrier_init(ring.empty() + stage * 8, CONSUMERS * 4);  // each warp that multiplies
+      }
     ptx::barriers_visible();
   }
-  const int spare = (BM - int(p.rows)) * (ROW_BYTES / 16);  // vectors of a stage that no box fills
-  for (int at = thread; at < STAGES * spare; at += THREADS) {
-    const int place = at / spare * STAGE_BYTES + int(p.rows) * ROW_BYTES + at % spare * 16;
-    store(reinterpret_cast<E*>(memory + place), Vector<E, 8>{});
-  }
+  const int filled = p.pieces * p.piece_rows * (ROW_BYTES / 16), spare = p.stage_rows * (ROW_BYTES / 16) - filled;
+  for (int at = thread; at < p.stages * spare; at += THREADS)  // vectors that no box fills
+    store(reinterpret_cast<E*>(memory + x_start + at / spare * x_bytes + (filled + at % spare) * 16), Vector<E, 8>{});
   ptx::fence_async();
   __syncthreads();
 
   if (thread >= CONSUMERS * GROUP) {
     // 1. Stage.
     ptx::give_registers<PRODUCER_REGISTERS>();
-    if (thread == CONSUMERS * GROUP) produce(p, ring);
+    if (thread == CONSUMERS * GROUP)
+      for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+        const Tile tile(p, number);
+        if (!STATIONARY || number == blockIdx.x) produce<true, true>(p, tile, xs, ws);
+        else produce<true, false>(p, tile, xs, ws);
+      }
   } else {
     ptx::take_registers<CONSUMER_REGISTERS>();
     const int group = __shfl_sync(~0u, thread / GROUP, 0);  // the same for a warp, as the compiler can tell now
     const int warp = thread / 32, lane = thread % 32;
     const int row = group / GROUPS_N * GM, column = group % GROUPS_N * GN;  // of the tile: this warpgroup's first ones
-    E* const ys = reinterpret_cast<E*>(memory + STAGES * STAGE_BYTES) + warp * 16 * Y_PITCH;
+    E* const ys = reinterpret_cast<E*>(memory + y_start) + warp * 16 * Y_PITCH;
     for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
       const Tile tile(p, number);
       float acc[TM][GN / 2];
 
       // 2. Multiply-accumulate.
-      multiply(acc, p, ring, row, column);
+      multiply(acc, p, xs, ws, row, column);
 
       // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 64 columns into whole vectors.
       const ResultOf result(p, tile.g);
@@ -211,15 +312,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
         bool inside[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          Index at[RANK];
-          const Index m = row + i * 64 + warp % 4 * 16 + r * 4 + lane / 8, item = split(m, p.box, at);
-          inside[r] = m < p.rows && tile.b0 + item < p.batch;
-#pragma unroll
-          for (int a = 0; a < RANK; ++a) {
-            at[a] += tile.at[a];
-            inside[r] = inside[r] && at[a] < p.out[a];
-          }
-          place[r] = result.place(tile.b0 + item, at);
+          Index item, at[RANK];
+          inside[r] = tile.position(p, row + i * 64 + warp % 4 * 16 + r * 4 + lane / 8, item, at);
+          place[r] = result.place(item, at);
         }
 #pragma unroll
         for (int q = 0; q < GN; q += 64) {

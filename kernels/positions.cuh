@@ -27,9 +27,10 @@ __device__ __forceinline__ Index volume(const Index (&size)[RANK]) {
 }
 
 // Splits a linear index into coordinates; what is left, the batch item, is returned.
-__device__ __forceinline__ Index split(Index index, const Index (&size)[RANK], Index (&at)[RANK]) {
+template <int N>
+__device__ __forceinline__ Index split(Index index, const Index (&size)[N], Index (&at)[N]) {
 #pragma unroll
-  for (int a = RANK - 1; a >= 0; --a) {
+  for (int a = N - 1; a >= 0; --a) {
     at[a] = index % size[a];
     index /= size[a];
   }

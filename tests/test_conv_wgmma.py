@@ -1,7 +1,8 @@
 """conv_wgmma: its PTX for sm_90a on the CPU, copy engine and warpgroups included, against the oracle; and its plan.
 
 Every case runs under the detector. Sizes are chosen around the edges of a tile and of a step: channels that are no
-multiple of 64, filters and positions more than a tile has, boxes across batch items, taps that lie outside.
+multiple of 64, filters and positions more than a tile has, boxes across batch items, taps that lie outside. Modes that
+share inputs have cases of their own: for these there must be 8 rows from a tap to the next.
 """
 
 import math
@@ -38,10 +39,23 @@ ALIGNED = (0, 0, 0)
 SMALL = wgmma.TILES[-1]
 
 
+RELOAD, HALO, PHASE = "reload", "halo", "phase"
+
+
 @contextmanager
-def only(tile, bk=64):
-    """Plans are conv_wgmma's wherever it computes this, and find no other tile."""
+def only(tile, bk=64, mode=RELOAD, axis=None, stays=False):
+    """Plans are conv_wgmma's wherever it computes this, and find no other tile and no other mode."""
+    walks, weigh = wgmma.views, wgmma._candidates
+
+    def views(shape):
+        return [each for each in walks(shape) if each.mode == mode and axis in (None, each.axis)]
+
+    def candidates(*arguments):
+        return [each for each in weigh(*arguments) if each.stays == stays]
+
     with (
+        mock.patch.object(wgmma, "views", views),
+        mock.patch.object(wgmma, "_candidates", candidates),
         mock.patch.object(wgmma, "TILES", (tile,)),
         mock.patch.object(wgmma, "STEPS", (bk,)),
         mock.patch.object(planning, "WARPGROUP_FACTOR", math.inf),
@@ -104,20 +118,27 @@ def gradients(tile, rank, bk=64):
 
 
 def run_tile(dtype, tile, rank, bk=64, make_runtime=trace):
-    forwards = [*cases(tile, rank, bk)]
     with only(tile, bk):
-        for number, (x_shape, w_shape, options) in enumerate((*forwards, *gradients(tile, rank, bk))):
-            runtime, forward = make_runtime(seed=number + 1), number < len(forwards)
-            case = Case(x_shape, w_shape, dtype, seed=number, **options)
-            try:
-                case.check_forward(runtime) if forward else case.check_input_grad(runtime)
-            except (AssertionError, emulator.EmulationError) as error:
-                error.add_note(f"x {x_shape}, w {w_shape}, {options}; {getattr(runtime, 'launches', ())[-1:]}")
-                raise
-            if isinstance(runtime, CudaRuntime):
-                continue
-            assert {plan.kernel for plan in runtime.launches} - {"pack_weights"} == {"conv_wgmma"}
-            assert all(plan.tile.startswith(name(tile[:2])) for plan in runtime.launches if plan.maps)
+        for number, case in enumerate(cases(tile, rank, bk)):
+            run_case(Case.check_forward, case, dtype, number, tile, make_runtime)
+        for number, case in enumerate(gradients(tile, rank, bk)):
+            run_case(Case.check_input_grad, case, dtype, number, tile, make_runtime)
+
+
+def run_case(check, case, dtype, number, tile, make_runtime=trace):
+    """A pass of a case, by conv_wgmma alone; its runtime, None on a GPU."""
+    x_shape, w_shape, options = case
+    runtime = make_runtime(seed=number + 1)
+    try:
+        check(Case(x_shape, w_shape, dtype, seed=number, **options), runtime)
+    except (AssertionError, emulator.EmulationError) as error:
+        error.add_note(f"x {x_shape}, w {w_shape}, {options}; {getattr(runtime, 'launches', ())[-1:]}")
+        raise
+    if isinstance(runtime, CudaRuntime):
+        return None
+    assert {plan.kernel for plan in runtime.launches} - {"pack_weights"} == {"conv_wgmma"}
+    assert all(plan.tile.startswith(name(tile[:2])) for plan in runtime.launches if plan.maps)
+    return runtime
 
 
 # --- Every tile --------------------------------------------------------------------------------------------------
@@ -165,6 +186,165 @@ def test_every_tile_on_a_gpu(tile, rank, dtype):
     run_tile(dtype, tile, rank, make_runtime=lambda seed: current())
 
 
+# --- Modes -------------------------------------------------------------------------------------------------------
+
+
+def shared_inputs(mode, rank, rows):
+    """(axis, x_shape, w_shape, options) whose taps of `axis` share boxes, for tiles of `rows` rows.
+
+    What lies 8 rows apart: batch items, positions of another axis, strands of a dilation, a dilation of 8, and products
+    of these. Positions, strands and channels end inside a box; strides have classes of taps; padding is on each side.
+    """
+    long = rows // 8 + 5
+    if (mode, rank) == (HALO, 1):
+        yield 0, (8, long, 72), (3, 72, 72), {"padding": "same"}
+        yield 0, (9, 2 * long, 8), (4, 8, 8), {"padding": "causal"}
+        yield 0, (8, 3 * long, 8), (5, 8, 8), {"padding": "same", "strides": 2}
+        yield 0, (8, 3 * long, 8), (7, 8, 8), {"padding": (2, 0), "strides": 3}
+        yield 0, (2, rows + 22, 128), (3, 64, 128), {"padding": "same", "groups": 2, "dilation_rate": 4}
+        # Rows in their own order; the second one in pieces, with more of them than a box may have.
+        yield 0, (1, rows + 50, 8), (3, 8, 8), {"padding": "same", "dilation_rate": 8}
+        yield 0, (1, rows + 172, 8), (4, 8, 8), {"padding": "same", "dilation_rate": 64}
+        yield 0, (16, long, 8), (3, 8, 8), {"padding": (5, 3), "dilation_rate": 3}
+    if (mode, rank) == (PHASE, 1):
+        # Strands of one length; of two; of one input, most of them; more strands than positions.
+        yield 0, (2, rows + 32, 72), (3, 72, 72), {"padding": "same", "dilation_rate": 16}
+        yield 0, (1, rows + 37, 8), (3, 8, 8), {"padding": "causal", "dilation_rate": 19}
+        yield 0, (2, rows // 2 + 26, 8), (2, 8, 8), {"padding": (13, 4), "dilation_rate": 12}
+        yield 0, (1, 51, 8), (3, 8, 8), {"padding": "same", "dilation_rate": 40}
+        yield 0, (3, 31, 8), (3, 8, 8), {"padding": "valid", "dilation_rate": 9}
+        yield 0, (1, rows + 37, 128), (5, 64, 128), {"padding": "same", "groups": 2, "dilation_rate": 8}
+    if (mode, rank) == (HALO, 2):
+        for axis in range(2):
+            yield axis, (2, 11, 13, 72), (3, 3, 72, 72), {"padding": "same"}
+            yield axis, (3, 9, 17, 8), (3, 3, 8, 8), {"padding": "same", "strides": (2, 1)[:: 2 * axis - 1]}
+        yield 1, (2, 12, 19, 128), (2, 3, 64, 128), {"groups": 2, "dilation_rate": (2, 4)}
+    if (mode, rank) == (PHASE, 2):
+        for axis in range(2):
+            yield axis, (2, 20, 17, 8), (3, 2, 8, 8), {"padding": "same", "dilation_rate": (8, 3)[:: 1 - 2 * axis]}
+    if (mode, rank) == (HALO, 3):
+        for axis in range(3):
+            yield axis, (2, 4, 5, 9, 8), (3, 2, 3, 8, 8), {"padding": "same"}
+
+
+SHARING = [(HALO, 1), (HALO, 2), (HALO, 3), (PHASE, 1), (PHASE, 2)]
+
+
+BOTH = (Case.check_forward, Case.check_input_grad)
+
+
+def run_mode(dtype, tile, mode, rank, bk=64, make_runtime=trace, passes=BOTH):
+    """`passes` of every case, with weights that are streamed; of those where weights can stay too, the count."""
+    stayed = 0
+    for number, (axis, *case) in enumerate(shared_inputs(mode, rank, tile[0])):
+        for check in passes:
+            with only(tile, bk, mode, axis):
+                runtime = run_case(check, case, dtype, number, tile, make_runtime)
+            if runtime:
+                constants = dict(runtime.launches[-1].constants)
+                assert (constants["HALO"], constants["PHASE"]) == (axis + 1, mode == PHASE)
+        x_shape, w_shape, options = case
+        with only(tile, bk, mode, axis, stays=True):
+            try:
+                plan_of(conv_shape(x_shape, w_shape, **options), limits=LIMITS)
+            except PlanError:
+                continue
+            run_case(Case.check_forward, case, dtype, number, tile, make_runtime)
+            stayed += 1
+    return stayed
+
+
+@in_the_emulator
+@pytest.mark.parametrize(
+    "mode, rank",
+    [
+        each if each[1] == 1 or each == (HALO, 2) else pytest.param(*each, marks=pytest.mark.exhaustive)
+        for each in SHARING
+    ],
+)
+def test_inputs_that_taps_share(mode, rank):
+    assert run_mode("bfloat16" if rank == 1 else "float16", SMALL, mode, rank)
+
+
+@in_the_emulator
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", range(len(wgmma.TILES)), ids=lambda number: name(wgmma.TILES[number]))
+def test_inputs_that_taps_share_in_every_tile(number):
+    """A halo of a sequence, and of the other modes and ranks each in turn; gradients in every second one."""
+    tile, passes = wgmma.TILES[number], BOTH[: 1 + number % 2]
+    run_mode("float16", tile, *SHARING[0], passes=BOTH[:1])
+    run_mode("bfloat16", tile, *SHARING[1 + number % (len(SHARING) - 1)], passes=passes)
+
+
+@in_the_emulator
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode, rank", [(HALO, 1), (PHASE, 2)])
+def test_inputs_that_taps_share_in_steps_of_32_channels(mode, rank):
+    assert run_mode("bfloat16", SMALL, mode, rank, bk=32)
+
+
+@in_the_emulator
+@pytest.mark.parametrize("tile", [SMALL, pytest.param((256, 96, 128, 96), marks=pytest.mark.exhaustive)], ids=name)
+def test_weights_that_stay(tile):
+    """Without a halo; of groups, and of more tiles of columns than there are multiprocessors."""
+    bm, bn, *_ = tile
+    with only(tile, stays=True):
+        for number, case in enumerate(
+            [
+                ((2, 3 * bm + 5, 72), (3, 72, bn + 8), {"padding": "same"}),
+                ((1, 2 * bm, 128), (1, 64, 4 * bn), {"groups": 2}),
+                ((1, bm + 3, 8), (1, 8, 3 * bn + 8), {}),
+            ]
+        ):
+            runtime = run_case(Case.check_forward, case, "bfloat16", number, tile)
+            assert dict(runtime.launches[-1].constants)["STATIONARY"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not probe().usable, reason=probe().reason)
+@pytest.mark.parametrize("mode, rank", SHARING)
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=name)
+def test_every_mode_on_a_gpu(tile, mode, rank):
+    if current().limits.capability != wgmma.ONLY:
+        pytest.skip(f"wgmma is of compute capability 9.0. Received: {current().limits.name}")
+    run_mode("bfloat16", tile, mode, rank, make_runtime=lambda seed: current())
+
+
+# --- Bytes -------------------------------------------------------------------------------------------------------
+
+COUNTED = {
+    "reload": (RELOAD, -1, False, (2, 133, 72), (3, 72, 136), {"padding": "same"}),
+    "reload, strides": (RELOAD, -1, False, (2, 19, 26, 8), (4, 3, 8, 8), {"padding": "same", "strides": (3, 2)}),
+    "reload, groups": (RELOAD, -1, False, (1, 125, 128), (3, 64, 48), {"padding": (7, 0), "groups": 2}),
+    "reload, weights stay": (RELOAD, -1, True, (2, 533, 72), (3, 72, 136), {"padding": "same"}),
+    "halo": (HALO, 0, False, (8, 133, 72), (3, 72, 136), {"padding": "same"}),
+    "halo, in pieces": (HALO, 0, False, (1, 600, 16), (4, 16, 16), {"padding": "same", "dilation_rate": 64}),
+    "halo, classes": (HALO, 0, False, (8, 101, 8), (7, 8, 8), {"padding": "same", "strides": 3}),
+    "halo of an image": (HALO, 1, False, (3, 9, 17, 8), (3, 3, 8, 8), {"padding": "same", "strides": (2, 1)}),
+    "halo of a volume": (HALO, 2, False, (2, 5, 6, 9, 72), (3, 3, 3, 72, 72), {"padding": "same"}),
+    "halo, weights stay": (HALO, 0, True, (9, 170, 8), (4, 8, 72), {"padding": "causal"}),
+    "phase": (PHASE, 0, False, (2, 160, 72), (3, 72, 136), {"padding": "same", "dilation_rate": 16}),
+    "phase, two lengths": (PHASE, 0, False, (2, 170, 16), (2, 16, 16), {"padding": (13, 4), "dilation_rate": 12}),
+    "phase of an image": (PHASE, 1, False, (1, 21, 17, 8), (2, 3, 8, 8), {"padding": "same", "dilation_rate": 8}),
+    "phase, weights stay": (PHASE, 0, True, (1, 465, 128), (5, 64, 48), {"groups": 2, "dilation_rate": 8}),
+}  # fmt: skip
+
+
+@in_the_emulator
+@pytest.mark.parametrize("name", COUNTED)
+def test_bytes_are_those_of_the_model(name):
+    """What copies fetch, zeros apart; and what is touched at all, which memory brings or takes once at least."""
+    mode, axis, stays, x_shape, w_shape, options = COUNTED[name]
+    runtime, case = trace(), Case(x_shape, w_shape, "bfloat16", **options)
+    with only(SMALL, mode=mode, axis=axis, stays=stays):
+        case.check_forward(runtime, bias=False)
+    (plan,), (result,) = runtime.launches, runtime.results
+    copies = [row for row in runtime.traffic if row.space == "global" and "complete_tx" in row.instruction]
+    assert sum(row.bytes for row in copies) == pytest.approx(plan.cost.bytes, rel=0.05)
+    assert result.touched == pytest.approx(plan.cost.least_bytes, rel=0.05)
+    assert f"{plan.cost.bytes} bytes" in plan.reason
+
+
 # --- What tiles do not show --------------------------------------------------------------------------------------
 
 
@@ -206,21 +386,35 @@ def test_nan_stays_where_it_is_read(groups):
 
 
 @in_the_emulator
-def test_indices_beyond_32_bits():
+@pytest.mark.parametrize("mode, dilation", [(HALO, 1), (HALO, 3), (PHASE, 12)])
+def test_nan_stays_among_inputs_that_taps_share(mode, dilation):
+    """The last input of an item and the first of another: no tap of an item in between has them."""
+    case = Case((8, 50, 8), (3, 8, 8), "bfloat16", padding="same", dilation_rate=dilation)
+    case.x[2, -1] = case.x[4, 0] = np.nan
+    with only(SMALL, mode=mode):
+        y = case.forward(trace())
+    lost = {(2, 49), (2, 49 - dilation), (4, 0), (4, dilation)}
+    assert set(map(tuple, np.argwhere(np.isnan(y.astype(np.float32)).any(axis=-1)))) == lost
+    assert not np.isnan(y[3].astype(np.float32)).any()
+
+
+@in_the_emulator
+@pytest.mark.parametrize("mode, dilation", [(RELOAD, 1), pytest.param(HALO, 8, marks=pytest.mark.exhaustive)])
+def test_indices_beyond_32_bits(mode, dilation):
     """y has more than 2**32 elements; only the last block runs, on memory that exists where it is touched."""
     n, c = 2**29 + 77, 8
-    shape = conv_shape((1, n, c), (3, c, c), padding="same")
+    shape = conv_shape((1, n, c), (3, c, c), padding="same", dilation_rate=dilation)
     x, y = np.zeros(shape.x_shape, np.float16), np.zeros(shape.y_shape, np.float16)
     rng = np.random.default_rng(0)
     w, x[:, -300:] = uniform(rng, (3, c, c), "float16"), uniform(rng, (1, 300, c), "float16")
     limits = replace(LIMITS, multiprocessors=1 << 24)  # a tile each
     runtime = EmulatedRuntime(limits, blocks=last_blocks)
-    with only(SMALL):
+    with only(SMALL, mode=mode):
         launching.conv(runtime, shape, x, w, None, None, y, 0)
     (plan,) = runtime.launches
     assert plan.index_bytes == 8
-    rows = n % plan.maps[0].box[1]
-    expected = oracle.conv(x[:, -300:], w, padding="same")
+    rows = n % integers_of(plan)["rows"]
+    expected = oracle.conv(x[:, -300:], w, padding="same", dilation_rate=dilation)
     assert_close(y[:, -rows:], expected[:, -rows:], dtype="float16", terms=24)
     assert not y[:, -300:-rows].any()
 
@@ -258,33 +452,105 @@ def bands(runtime):
     Case((1, 140, 64), (1, 64, 136), "bfloat16", padding="same").check_forward(runtime)
 
 
-GIVEN_BACK = """    ptx::products_wait<1>(acc);
-    if (step > 0 && lane == 0) ptx::barrier_arrive(before);
-"""
+def halo(runtime):
+    """Eight items, so that a tap is 8 rows from the next; more boxes than blocks, and stages than a ring has."""
+    Case((8, 60, 200), (3, 200, 24), "bfloat16", padding="same").check_forward(runtime)
+
+
+def classes(runtime):
+    """Taps of two classes, three of one and two of the other."""
+    Case((8, 41, 72), (5, 72, 24), "bfloat16", padding="same", strides=2).check_forward(runtime)
+
+
+def pieces(runtime):
+    """A stage of 320 rows."""
+    Case((1, 300, 8), (4, 8, 8), "bfloat16", padding="same", dilation_rate=64).check_forward(runtime)
+
+
+def strands(runtime):
+    """Eleven of eight inputs and one of seven; padding that is no multiple of them."""
+    Case((2, 95, 8), (3, 8, 8), "bfloat16", padding=(17, 3), dilation_rate=12).check_forward(runtime)
+
+
+def staying(runtime):
+    """Weights of two tiles of columns, more boxes than blocks."""
+    Case((2, 400, 72), (3, 72, 136), "bfloat16", padding="same").check_forward(runtime)
+
+
+def staying_halo(runtime):
+    """Nothing but x is waited for, by which the copies are six stages ahead."""
+    Case((8, 100, 200), (3, 200, 24), "bfloat16", padding="same").check_forward(runtime)
+
+
+MODES = {
+    halo: {"mode": HALO}, classes: {"mode": HALO}, pieces: {"mode": HALO}, strands: {"mode": PHASE},
+    staying: {"stays": True}, staying_halo: {"mode": HALO, "stays": True},
+}  # fmt: skip
 PLANTS = {
-    "the producer waits for the wrong round": (
-        "ring.empty(), ring.parity ^ 1", "ring.empty(), ring.parity",
+    "the producer waits for the wrong round of x": (
+        "xs.empty(), xs.parity ^ 1", "xs.empty(), xs.parity",
         sequence, {"deadlock"}),
-    "the consumers wait for the wrong round": (
-        "barrier_wait(ring.full(), ring.parity)", "barrier_wait(ring.full(), ring.parity ^ 1)",
+    "the producer waits for the wrong round of w": (
+        "ws.empty(), ws.parity ^ 1", "ws.empty(), ws.parity",
+        halo, {"deadlock"}),
+    "the consumers wait for the wrong round of x": (
+        "barrier_wait(xs.full(), xs.parity)", "barrier_wait(xs.full(), xs.parity ^ 1)",
         sequence, {"race"}),
-    "a round that is not counted": ("stage = 0, parity ^= 1;", "stage = 0;", sequence, {"barrier"}),
-    "fewer bytes than come": ("p.rows * ROW_BYTES + W_BYTES", "p.rows * ROW_BYTES", sequence, {"barrier"}),
-    "more bytes than come": ("p.rows * ROW_BYTES + W_BYTES", "BM * ROW_BYTES + W_BYTES", few_positions, {"deadlock"}),
-    "no wait for what is there": ("    ptx::barrier_wait(ring.full(), ring.parity);\n", "", sequence, {"race"}),
-    "a stage given back too early": (
-        GIVEN_BACK, "    if (lane == 0) ptx::barrier_arrive(ring.empty());\n",
+    "the consumers wait for the wrong round of w": (
+        "barrier_wait(ws.full(), ws.parity)", "barrier_wait(ws.full(), ws.parity ^ 1)",
+        halo, {"deadlock"}),
+    "a round that is not counted": ("stage = 0, parity ^= turns;", "stage = 0;", sequence, {"barrier"}),
+    "weights that stay and come in rounds": ("parity ^= turns;", "parity ^= 1;", staying, {"deadlock"}),
+    "weights of another tile's columns": ("if constexpr (STATIONARY) {", "if constexpr (false) {", staying, {WRONG}),
+    "weights that stay of one block alone": ("number == blockIdx.x)", "number == 0)", staying, {"deadlock"}),
+    "weights that stay and come again": ("|| number == blockIdx.x)", "|| true)", staying, {"deadlock"}),
+    "a tap a row too near": ("x += p.tap_rows *", "x += (p.tap_rows - 1) *", halo, {WRONG}),
+    "one tap for all": ("        x += p.tap_rows * (ROW_BYTES / 16);\n", "", halo, {WRONG}),
+    "weights of the first tap": ("r + (t - tap[0]) * p.tap_pitch[0]", "r", halo, {WRONG}),
+    "weights of the other class": ("r + (t - tap[0]) * p.tap_pitch[0]", "t - tap[0]", classes, {WRONG}),
+    "taps of all classes": ("tap += HALO ? p.taps[0] : 1", "++tap", classes, {"deadlock"}),
+    "classes of equal length": ("Index tap = first;", "Index tap = 0;", classes, {"deadlock"}),
+    "items and positions exchanged": ("b = in[HALO > 0];", "b = in[0];", halo, {"race"}),
+    "boxes in another order": ("at[0] = at[1], at[1] = item;", "", halo, {WRONG}),
+    "a piece twice": ("from[AXES] += p.piece * p.stride[0]", "from[AXES] += 0", pieces, {WRONG}),
+    "pieces on each other": ("xs.memory() + i * p.piece_rows * ROW_BYTES", "xs.memory()", pieces, {"race"}),
+    "strands of the other length": ("[at[RANK + 1] >= p.ragged]", "[0]", strands, {WRONG}),
+    "strands that are too long": ("[at[RANK + 1] >= p.ragged]", "[1]", strands, {WRONG}),
+    "strands from the first on": ("= p.ragged + behind *", "= behind *", strands, {WRONG}),
+    "strands behind the last": (
+        "inside = inside && r < (at[RANK + 1] < p.ragged ? p.ragged : p.strands);", "",
+        strands, {"race"}),
+    "the residue of another strand": (" + r - p.offset;", " + r;", strands, {WRONG}),
+    "positions as neighbours": ("to[HALO - 1] * p.strands + r", "to[HALO - 1] + r", strands, {"race"}),
+    "fewer bytes than come": (
+        "expect(xs.full(), p.pieces * p.piece_rows", "expect(xs.full(), p.rows",
+        halo, {"deadlock"}),
+    "more bytes than come": (
+        "expect(xs.full(), p.pieces * p.piece_rows", "expect(xs.full(), p.stage_rows",
+        few_positions, {"deadlock"}),
+    "more weights than come": ("expect(ws.full(), W_BYTES)", "expect(ws.full(), 2 * W_BYTES)", sequence, {"deadlock"}),
+    "no wait for x": ("      ptx::barrier_wait(xs.full(), xs.parity);\n", "", sequence, {"race"}),
+    "no wait for w": ("        ptx::barrier_wait(ws.full(), ws.parity);\n", "", sequence, {"race"}),
+    "a stage of w given back too early": (
+        "give_back();\n        x_before = 0, w_before = STATIONARY ? 0 : ws.empty();",
+        "w_before = ws.empty();\n        give_back();\n        x_before = w_before = 0;",
+        halo, {"race"}),
+    "a stage of x given back too early": (
+        "x_before = xs.empty();", "if (lane == 0) ptx::barrier_arrive(xs.empty());",
         sequence, {"race"}),
+    "a stage of x given back each tap": (
+        "x_before = 0, w_before = STATIONARY", "x_before = xs.empty(), w_before = STATIONARY",
+        staying_halo, {"race"}),
     "a stage given back by one warpgroup": ("CONSUMERS * 4);", "4);", sequence, {"deadlock"}),
     "products that are not waited for": ("products_wait<1>(acc);", "products_wait<2>(acc);", sequence, {"race"}),
     "sums before they are there": ("products_wait<0>(acc);", "products_wait<1>(acc);", sequence, {"pending"}),
-    "no fence before products": ("    ptx::products_fence();\n", "", sequence, {"fence"}),
+    "no fence before products": ("        ptx::products_fence();\n", "", sequence, {"fence"}),
     "no barrier before the roles part": ("  __syncthreads();\n", "", sequence, {"barrier"}),
-    "rows that nobody fills": ("at < STAGES * spare", "at < 0", few_positions, {"uninitialised"}),
+    "rows that nobody fills": ("at < p.stages * spare", "at < 0", few_positions, {"uninitialised"}),
     "zeros that products may not see": ("  ptx::fence_async();\n", "", few_positions, {"fence"}),
     "dilation forgotten": ("tap[a] * p.dilation[a]", "tap[a]", sequence, {WRONG}),
     "padding forgotten": (" - p.pad[a];", ";", sequence, {WRONG}),
-    "the tap before": ("p.group_taps + r;", "p.group_taps;", sequence, {WRONG}),
+    "the tap before": ("r += tap[a] * p.tap_pitch[a];", "r += 0;", sequence, {WRONG}),
     "channels of the step before": (
         "from[0] = tile.g * p.channels + w_from[1];", "from[0] = tile.g * p.channels;",
         sequence, {WRONG}),
@@ -292,11 +558,11 @@ PLANTS = {
     "filters of the first group": ("w_from[0] = tile.g * p.group_columns", "w_from[0] = 0", two_groups, {WRONG}),
     "filters of the next group": ("n0 + GN - q : p.columns;", "n0 + GN - q : p.columns + 8;", two_groups, {"race"}),
     "columns that no warpgroup has": ("GN - q < 64 && ", "false && ", bands, {"race"}),
-    "items behind the last": (" && tile.b0 + item < p.batch", "", few_positions, {"bounds"}),
-    "positions behind the last": ("inside[r] = inside[r] && at[a] < p.out[a];", "", sequence, {"race"}),
+    "items behind the last": (" && b < p.batch", "", few_positions, {"bounds"}),
+    "positions behind the last": ("inside = inside && within(to[a], p.out[a]);", "", sequence, {"race"}),
     "rows 8 too far apart": (
         "X_SWIZZLE | (8 * ROW_BYTES", "X_SWIZZLE | (16 * ROW_BYTES",
-        sequence, {WRONG}),
+        sequence, {"uninitialised"}),
     "columns too close": ("(SLICE_BYTES / 16ull) << 16", "(SLICE_BYTES / 32ull) << 16", bands, {WRONG}),
     "the k of the step before": ("w + k * W_ROW_BYTES / 16", "w + k / 2 * W_ROW_BYTES / 16", sequence, {WRONG}),
     "y before it is there": (
@@ -306,14 +572,19 @@ PLANTS = {
     "halves of a product exchanged": (
         "acc[i][(q + j) / 2 + half * 2 + e]", "acc[i][(q + j) / 2 + e * 2 + half]",
         sequence, {WRONG}),
-    "a tile twice": ("tile -= first * p.tiles_m;", "", bands, {WRONG}),
+    "columns of the first band": ("n0 = (first + tile % wide)", "n0 = (tile % wide)", bands, {"race"}),
 }  # fmt: skip
 OTHER_TILES = {
     "columns too close": (128, 128, 64, 128),
     "y over what is still read": (128, 128, 64, 128),
     "columns that no warpgroup has": (256, 96, 128, 96),
 }
-DEFAULT = {"a stage given back too early", "fewer bytes than come", "dilation forgotten", "rows that nobody fills"}
+DEFAULT = {
+    "a stage of w given back too early",
+    "rows that nobody fills",
+    "a tap a row too near",
+    "strands of the other length",
+}
 
 
 @in_the_emulator
@@ -322,7 +593,7 @@ DEFAULT = {"a stage given back too early", "fewer bytes than come", "dilation fo
 )
 def test_planted_bug_is_caught(name):
     right, wrong, run, caught = PLANTS[name]
-    with planted("conv_wgmma.cu", right, wrong), only(OTHER_TILES.get(name, SMALL)):
+    with planted("conv_wgmma.cu", right, wrong), only(OTHER_TILES.get(name, SMALL), **MODES.get(run, {})):
         found = what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=5.0))
     assert caught <= found, found
 
@@ -357,7 +628,7 @@ def test_a_mistake_in_a_map_is_caught(name):
 @in_the_emulator
 def test_without_a_bug_nothing_is_caught():
     for run in {run for _, _, run, _ in PLANTS.values()}:
-        with only(SMALL):
+        with only(SMALL, **MODES.get(run, {})):
             assert what_catches(run, EmulatedRuntime(LIMITS, mode="trace", seed=1)) == set()
 
 
@@ -368,24 +639,123 @@ IMAGE = conv_shape((64, 7, 7, 512), (3, 3, 512, 512), padding="same")
 VOLUME = conv_shape((2, 12, 30, 50, 64), (3, 3, 3, 64, 48), padding="same", strides=(1, 2, 3))
 
 
+def integers_of(plan):
+    """Those of the kernel by their names; of each axis of y or of a view, a tuple."""
+    constants, left = dict(plan.constants), list(plan.integers)
+    rank, axes = constants["RANK"], constants["RANK"] + 1 + constants["PHASE"]
+
+    def take(count):
+        taken = left[:count]
+        del left[:count]
+        return taken
+
+    names = (
+        "tiles tiles_m tiles_n band groups channels columns group_columns group_taps stages w_stages stage_rows "
+        "pieces piece piece_rows sets loads halo_taps tap_rows batch rows"
+    ).split()
+    found = dict(zip(names, take(len(names))))
+    found["out"] = take(rank)
+    found |= {each: take(axes) for each in "box boxes taps tap_pitch stride dilation pad".split()}
+    if constants["PHASE"]:
+        found |= dict(zip("strands offset ragged ragged_boxes".split(), take(4)))
+    assert not left or constants["UPSAMPLED"]
+    return found
+
+
 @pytest.mark.parametrize("shape", [SEQUENCE, IMAGE, VOLUME], ids=["sequence", "image", "volume"])
 @pytest.mark.parametrize("tile", wgmma.TILES, ids=name)
 def test_boxes_cover_all_positions(shape, tile):
-    with mock.patch.object(wgmma, "TILES", (tile,)):
+    with only(tile):
         plan = plan_of(shape)
-    (x_map, w_map), bk = plan.maps, dict(plan.constants)["BK"]
-    tiles, tiles_m, tiles_n, band, groups, channels, columns, _, _, taps, steps, batch, items, rows, *sizes = (
-        plan.integers
-    )
-    box, boxes, out = (sizes[i * shape.rank : (i + 1) * shape.rank] for i in range(3))
-    assert tiles == tiles_m * tiles_n * groups and tiles_m == prod(boxes) * -(-batch // items)
-    assert tiles_n == -(-columns // tile[1]) and 1 <= band <= tiles_n
-    assert rows == items * prod(box) <= tile[0] and max(x_map.box) <= MAP_BOX
-    assert all(n <= size * count < n + size for n, size, count in zip(out, box, boxes))
-    assert x_map.box_bytes == rows * bk * 2 and w_map.box_bytes == bk * 128 and not x_map.problem() + w_map.problem()
-    assert steps == taps * -(-channels // bk) and plan.grid == (min(tiles, 132), 1, 1)
+    (x_map, w_map), bk, n = plan.maps, dict(plan.constants)["BK"], integers_of(plan)
+    assert n["tiles"] == n["tiles_m"] * n["tiles_n"] * n["groups"] and n["tiles_m"] == prod(n["boxes"])
+    assert n["tiles_n"] == -(-n["columns"] // tile[1]) and 1 <= n["band"] <= n["tiles_n"]
+    assert n["rows"] == prod(n["box"]) <= tile[0] and max(x_map.box) <= MAP_BOX
+    sizes = (n["batch"], *n["out"])
+    assert all(size <= each * count < size + each for size, each, count in zip(sizes, n["box"], n["boxes"]))
+    assert x_map.box_bytes == n["rows"] * bk * 2 and w_map.box_bytes == bk * 128
+    assert not x_map.problem() + w_map.problem() and plan.grid == (min(n["tiles"], 132), 1, 1)
+    assert n["sets"] == prod(shape.kernel_size) and n["loads"] == n["sets"] * -(-n["channels"] // bk)
     assert plan.shared_bytes <= DEVICES["H200"].shared_bytes
     assert 0 < plan.cost.least_flops <= plan.cost.flops and plan.cost.bound
+
+
+HALVES = conv_shape((2, 12000, 128), (3, 128, 256), padding="causal", dilation_rate=4)
+STRIDES = conv_shape((8, 30001, 64), (7, 64, 64), strides=2)
+DILATED = conv_shape((8, 65, 65, 256), (3, 3, 256, 256), padding="same", dilation_rate=(6, 9))
+SHARED = {
+    "sequence": (SEQUENCE, HALO, 0), "strands": (SEQUENCE, PHASE, 0), "items and rows": (HALVES, HALO, 0),
+    "classes": (STRIDES, HALO, 0), "image": (IMAGE, HALO, 1), "volume": (VOLUME, HALO, 0),
+    "dilated image": (DILATED, PHASE, 1), "dilated rows": (DILATED, HALO, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_tap_begins_where_the_swizzle_does(name, stays):
+    """Of every tile that is weighed. A stage has the rows of all taps, and every piece of it begins there too."""
+    shape, mode, axis = SHARED[name]
+    found = 0
+    for tile in wgmma.TILES:
+        with only(tile, mode=mode, axis=axis, stays=stays):
+            try:
+                plan = plan_of(shape)
+            except PlanError:
+                continue
+        found += 1
+        n, constants = integers_of(plan), dict(plan.constants)
+        reach = (-(-n["halo_taps"] // n["taps"][0]) - 1) * n["tap_rows"]
+        assert n["tap_rows"] % 8 == 0 and n["stage_rows"] % 8 == 0
+        assert n["pieces"] == 1 or n["piece_rows"] % 8 == 0
+        assert n["stage_rows"] >= max(tile[0] + reach, n["pieces"] * n["piece_rows"])
+        assert n["pieces"] * n["piece_rows"] >= n["rows"] + reach
+        assert all(each.box_bytes == n["piece_rows"] * 128 and not each.problem() for each in plan.maps[:-1])
+        assert n["stages"] >= 2 and plan.shared_bytes <= DEVICES["H200"].shared_bytes
+        if stays:
+            assert constants["STATIONARY"] and n["w_stages"] == prod(shape.kernel_size) * n["loads"] // (
+                n["sets"] // n["taps"][0]
+            )
+            assert plan.grid[0] % (n["tiles_n"] * n["groups"]) == 0
+    assert found or stays
+
+
+def test_plans_weigh_all_modes():
+    """With the bytes and the time of the best of each; what may not be is named."""
+    plan = planning.plan_conv(SEQUENCE, "bfloat16", "linear", ALIGNED, DEVICES["H200"])
+    told = [plan.reason, *plan.rejected]
+    for mode in ("reload", "halo of axis 0", "phase of axis 0"):
+        for stays in ("", ", weight-stationary"):
+            (line,) = (each for each in told if each.startswith(f"warpgroups, {mode}{stays}, tile"))
+            assert "bytes to shared memory" in line
+    alone = plan_of(conv_shape((1, 4000, 128), (3, 128, 128), padding="same"))
+    assert "reload" in alone.reason and any("halo of axis 0: no box" in each for each in alone.rejected)
+
+
+def test_of_modes_that_take_as_long_the_one_that_moves_least():
+    plan = plan_of(SEQUENCE)
+    others = {}
+    for mode, stays in ((RELOAD, False), (RELOAD, True), (HALO, False), (PHASE, False), (PHASE, True)):
+        with only(wgmma.TILES[5], mode=mode, stays=stays):
+            others[mode, stays] = plan_of(SEQUENCE).cost
+    assert plan.cost.seconds <= 1.02 * min(each.seconds for each in others.values())
+    assert plan.cost.bytes <= min(each.bytes for each in others.values())
+    # A tap less of two, and the weights of 132 blocks instead of 2048.
+    assert others[PHASE, False].bytes < 0.8 * others[RELOAD, False].bytes
+    assert others[RELOAD, True].bytes < 0.6 * others[RELOAD, False].bytes
+
+
+def test_a_short_halo_is_caught():
+    """A mistake in the plan: the rows of the last tap are not there."""
+    with only(SMALL, **MODES[halo]), mock.patch.object(wgmma.View, "beyond", 1):
+        assert "uninitialised" in what_catches(halo, EmulatedRuntime(LIMITS, mode="trace", seed=1, timeout=5.0))
+
+
+def test_large_images_have_boxes():
+    """Of more positions on two axes than a box has, whatever divides them."""
+    for size in (257, 300, 512, 1021):
+        for rows in (64, 128, 256):
+            box = wgmma.choose_box(2, (size, size + 2), (1, 1), rows)
+            assert 2 * size * (size + 2) / (box.tiles * rows) >= 0.9, (size, box)
 
 
 def test_a_box_wastes_little():
@@ -433,19 +803,19 @@ def test_it_is_chosen_where_it_is_predicted_to_be_faster():
 # --- Machine code ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(disassembly.missing() is not None, reason=str(disassembly.missing()))
-@pytest.mark.parametrize("activation", ["linear", pytest.param("gelu", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(
-    "tile", [wgmma.TILES[0], *(pytest.param(each, marks=pytest.mark.exhaustive) for each in wgmma.TILES[1:])], ids=name
-)
-def test_machine_code(tile, activation):
+OF_MODES = {
+    "reload": (SEQUENCE, RELOAD, None), "halo": (SEQUENCE, HALO, 0), "phase": (SEQUENCE, PHASE, 0),
+    "halo of an image": (IMAGE, HALO, 0), "phase of an image": (DILATED, PHASE, 1),
+    "halo of a volume": (VOLUME, HALO, 0),
+}  # fmt: skip
+
+
+def check_machine_code(plan, tile):
     """No spill, products and copies that belong to sm_90 alone, and few instructions between products."""
-    shape = VOLUME if tile[0] == 256 else IMAGE if tile[1] == 128 else SEQUENCE
-    with mock.patch.object(wgmma, "TILES", (tile,)):
-        plan = plan_of(shape, activation=activation)
-    code = compiled(plan, "sm_90")
+    code, stays = compiled(plan, "sm_90"), dict(plan.constants)["STATIONARY"]
     assert (code.registers, code.stack_bytes, code.spills, code.shared_bytes) == (plan.registers, 0, 0, 0)
-    assert code.count("USETMAXREG") == 2 and code.count("UTMALDG") == 1 + -(-tile[1] // 64)
+    # Where weights stay, the first tile of a block has copies of its own.
+    assert code.count("USETMAXREG") == 2 and code.count("UTMALDG") == 1 + stays + -(-tile[1] // 64)
     assert code.count("STG", "128") == code.count("STG") and code.count("LDS", "128") == code.count("LDS")
     loop = code.main_loop("HGMMA")
     products = 4 * tile[2] // 64
@@ -453,3 +823,37 @@ def test_machine_code(tile, activation):
     assert not loop.count("BAR") and len(loop.instructions) <= 40 + 10 * products, loop.mix()
     # Waiting for the products before, once a step: what the compiler puts between each two would be more.
     assert loop.count("WARPGROUP", "DEPBAR") == 1
+
+
+@pytest.mark.skipif(disassembly.missing() is not None, reason=str(disassembly.missing()))
+@pytest.mark.parametrize("activation", ["linear", pytest.param("gelu", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "tile", [wgmma.TILES[0], *(pytest.param(each, marks=pytest.mark.exhaustive) for each in wgmma.TILES[1:])], ids=name
+)
+def test_machine_code(tile, activation):
+    shape = VOLUME if tile[0] == 256 else IMAGE if tile[1] == 128 else SEQUENCE
+    with only(tile):
+        check_machine_code(plan_of(shape, activation=activation), tile)
+
+
+@pytest.mark.skipif(disassembly.missing() is not None, reason=str(disassembly.missing()))
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [each if each in ("halo", "phase") else pytest.param(each, marks=pytest.mark.exhaustive) for each in OF_MODES],
+)
+def test_machine_code_of_every_mode(name, stays):
+    """In the largest tile that fits."""
+    shape, mode, axis = OF_MODES[name]
+    plan = None
+    for tile in wgmma.TILES:
+        with only(tile, mode=mode, axis=axis, stays=stays):
+            try:
+                plan = plan_of(shape)
+                break
+            except PlanError:
+                continue
+    if plan is None:
+        assert stays and name not in ("reload", "halo", "phase")  # too many weights
+        return
+    check_machine_code(plan, tile)

@@ -771,6 +771,7 @@ def test_counted_sectors():
     launch = sample("warp_sum").launch("warp_sum", (1,), (128,), (x, y, np.int32(128)), mode="trace")
     load = next(t for t in launch.traffic if t.instruction.startswith("ld.global"))
     assert (load.requests, load.bytes, load.sectors, load.least_sectors) == (4, 512, 16, 16)
+    assert launch.touched == 512 + 4
 
 
 # --- Plans -------------------------------------------------------------------------------------------------------

@@ -237,9 +237,9 @@ class WgmmaTile:
 def test_traffic_of_copies():
     """A box counts the bytes that it has inside, line by line."""
     case = WgmmaTile()
-    traffic = [
-        each for each in case.launch(mode="trace").traffic if each.instruction.startswith("cp.async.bulk.tensor")
-    ]
+    launch = case.launch(mode="trace")
+    assert launch.touched == case.a.nbytes + case.b.nbytes + case.y.nbytes
+    traffic = [each for each in launch.traffic if each.instruction.startswith("cp.async.bulk.tensor")]
     assert {each.space for each in traffic} == {"global"}
     loads = [each for each in traffic if "complete_tx" in each.instruction]
     stored = next(each for each in traffic if "bulk_group" in each.instruction)

@@ -1,18 +1,27 @@
-"""Convolutions on the tensor cores of sm_90, by warpgroups: conv_wgmma.cu, its tiles, boxes, and what each would cost.
+"""Convolutions on the tensor cores of sm_90, by warpgroups: conv_wgmma.cu, its modes and tiles, and what each costs.
 
-A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece. A box can lie
-across several batch items; what it has fewer than the tile has rows is multiplied in vain. The model, for one block and
-step. It takes as long as the slower of
+A tile's rows are the positions of a box, so that the copy engine brings them for a tap in one piece. What a box has
+fewer than the tile has rows is multiplied in vain. The modes differ in what is copied how often:
+
+* ``reload`` -- every tap has a box of x of its own;
+* ``halo`` -- a box that is longer on one axis serves all of its taps. The other axes and batch items lie innermost, so
+  that a tap is 8 rows behind the one before, or a multiple of 8: after 8 rows the swizzle of shared memory repeats, and
+  operands may begin there. Whether they may begin at any row, which a single sequence would need, is what `shift` of
+  benchmarks/probe.py asks; no GPU has told yet;
+* ``phase`` -- the same in strands of positions `dilation` apart, whose taps are neighbours;
+* ``weight-stationary``, with each of them -- a block's tiles all have the same columns, whose weights stay.
+
+Bytes are what copies fetch, not the zeros that they write for what lies outside of an array. The model takes as long
+as the slower of
 
 * the tensor cores, at the share of their rate that large products reach;
 * shared memory: each warpgroup reads its operands, every copy writes once, 128 bytes a cycle;
 
-and a launch as long as its busiest multiprocessor, or as the memory, or as the L2 cache, from which every step comes.
+and a launch as long as its busiest multiprocessor, or as the memory, or as the L2 cache, from which all bytes come.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -28,6 +37,7 @@ from cuconv.plan.types import (
     ELEMENTS,
     INT32_MAX,
     MAP_BOX,
+    MAP_RANK,
     MAP_STEP,
     Cost,
     DeviceLimits,
@@ -70,54 +80,181 @@ LEAST_CYCLES = 150  # of a step: barriers and descriptors
 START_STEPS = 2  # of a block, until the first copies have arrived
 LITTLE_WASTE = 1.03  # rows of all tiles over positions: the copy engine takes long rows faster than short ones
 SIZES = 8  # of a box on a long axis that are looked at
+REPEAT = 8  # rows, after which the swizzle repeats: a tap may begin at a multiple of them
+# Of a box of a halo: sizes of the axes besides the first that are looked at, and how many rows all these have at most:
+# the more, the more rows a tap is from the next.
+ACROSS, MOST_ACROSS = (1, 2, 4, 8, 16, 32), 64
+
+
+@dataclass(frozen=True)
+class View:
+    """How the positions of y are walked: its axes stand outermost first.
+
+    Attributes:
+        mode: "reload", "halo" or "phase".
+        axis: of y, whose taps share a box; it is the first here. -1 in mode "reload", where batch items are.
+        counts, sizes: positions of each axis, and inputs.
+        taps: of each axis, that have boxes of their own; `pitches`: taps of w from one of these to the next.
+        strides, dilations, pads: of each axis, as of a convolution.
+        shared: taps of that axis, of which every `taps[0]`-th share a box.
+        spread: positions from one of those to the next.
+        strands, offset, ragged: position p is ``q * strands + r - offset``, of strand r, the last axis here; the first
+            `ragged` strands of x have one input more than `sizes` tells. 0 but in mode "phase".
+    """
+
+    mode: str
+    axis: int
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    taps: tuple[int, ...]
+    pitches: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    shared: int = 1
+    spread: int = 0
+    strands: int = 0
+    offset: int = 0
+    ragged: int = 0
+
+    def __str__(self) -> str:
+        return f"warpgroups, {self.mode}{f' of axis {self.axis}' if self.axis >= 0 else ''}"
+
+    @functools.cached_property
+    def beyond(self) -> int:
+        """Positions of the first axis that a box has for taps, besides those of the tile."""
+        return (-(-self.shared // self.taps[0]) - 1) * self.spread
+
+    def boxes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Boxes of `sizes` that cover all positions, by axis. Strands of different lengths do not meet in one."""
+        *most, last = (-(-n // size) for n, size in zip(self.counts, sizes, strict=True))
+        if self.strands:
+            last = sum(-(-n // sizes[-1]) for n in (self.ragged, self.strands - self.ragged))
+        return (*most, last)
+
+
+def views(shape: ConvShape) -> list[View]:
+    """The ways to walk `shape`: one without, and those in which the taps of an axis share inputs."""
+    pitches = [math.prod(shape.kernel_size[a + 1 :]) for a in range(shape.rank)]
+    of_taps = (shape.kernel_size, pitches, shape.strides, shape.dilation_rate, shape.pad_before)
+    whole = [*zip(shape.out_size, shape.in_size, *of_taps, strict=True)]
+    items = (shape.batch, shape.batch, 1, 0, 1, 0, 0)
+
+    def view(mode: str, axis: int, *axes: tuple[int, ...], order: Sequence[int] = ()) -> View:
+        counts, sizes, taps, steps_of_w, strides, dilations, pads = zip(*axes, strict=True)
+        return View(mode, axis, counts, sizes, taps, steps_of_w, strides, dilations, pads, *order)
+
+    found = [view("reload", -1, items, *whole)]
+    for axis, (out_size, size, taps, pitch, stride, dilation, pad) in enumerate(whole):
+        together = math.gcd(stride, dilation)
+        classes = stride // together
+        if taps <= classes:
+            continue
+        others = (items, *whole[:axis], *whole[axis + 1 :])
+        first = (out_size, size, classes, pitch, stride, dilation, pad)
+        found.append(view("halo", axis, first, *others, order=(taps, dilation // together)))
+        if stride == 1 and 1 < dilation <= size and shape.rank + 3 <= MAP_RANK:
+            # Positions p whose first input, p - pad, is the q-th of its strand, from the lowest q on.
+            lowest = -pad // dilation
+            count = (out_size - 1 - pad) // dilation - lowest + 1
+            first = (count, size // dilation, 1, pitch, 1, 1, -lowest)
+            strands = (dilation, dilation, 1, 0, 1, 0, 0)
+            order = (taps, 1, dilation, -lowest * dilation - pad, size % dilation)
+            found.append(view("phase", axis, first, *others, strands, order=order))
+    return found
 
 
 @dataclass(frozen=True)
 class Box:
-    """Positions of a tile: `sizes` of them on each axis, of `items` batch items; `tiles` of them cover all."""
+    """Positions of a tile: `sizes` of them on each axis of a view; `tiles` of them cover all."""
 
-    items: int
     sizes: tuple[int, ...]
     tiles: int
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """Positions in the box."""
-        return self.items * math.prod(self.sizes)
+        return math.prod(self.sizes)
+
+    @functools.cached_property
+    def across(self) -> int:
+        """Of these, those at one place on the first axis."""
+        return math.prod(self.sizes[1:])
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Box:
     """The box of at most `rows` positions that is longest on the last axis and wastes little, else wastes least."""
     best: Box | None = None
-    choices = [_sizes(size, min(rows, MAP_BOX // stride)) for size, stride in zip(out_size, strides, strict=True)]
-    for sizes in _within(choices, rows):
-        items = _balanced(batch, min(rows // math.prod(sizes), MAP_BOX))
-        tiles = -(-batch // items) * math.prod(-(-n // size) for n, size in zip(out_size, sizes, strict=True))
+    little = LITTLE_WASTE * batch * math.prod(out_size) / rows
+    choices = [
+        [(size, -(-count // size)) for size in _sizes(count, min(rows, MAP_BOX // stride))]
+        for count, stride in zip(out_size, strides, strict=True)
+    ]
+    for sizes, width, count in _within(choices, rows):
+        items = _balanced(batch, min(rows // width, MAP_BOX))
+        tiles = -(-batch // items) * count
         if best is None or tiles < best.tiles:
-            best = Box(items, sizes, tiles)
-            if tiles * rows <= LITTLE_WASTE * batch * math.prod(out_size):
+            best = Box((items, *sizes), tiles)
+            if tiles <= little:
                 break
     if best is None:
         raise PlanError(f"warpgroups: no box for strides {strides}")
     return best
 
 
-def _within(choices: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, ...]]:
-    """One of each of `choices`, their product at most `rows`; those that are first on the last axis come first."""
+def choose_long_boxes(view: View, rows: int) -> tuple[Box, ...]:
+    """Of a halo, at most `rows` positions: the box that copies least of all, and least of those that waste little."""
+    found = []
+    for width, (count, across) in _across(view).items():
+        if width <= rows:
+            size = _balanced(view.counts[0], rows // width)
+            tiles = -(-view.counts[0] // size) * count
+            found.append((tiles * (size + view.beyond) * width, tiles, (size, *across)))
+    if not found:
+        return ()
+    most = LITTLE_WASTE * min(tiles for _, tiles, _ in found)
+    best = (min(found), min(each for each in found if each[1] <= most))
+    return tuple(Box(sizes, tiles) for _, tiles, sizes in dict.fromkeys(best))
+
+
+@functools.lru_cache(maxsize=4096)
+def _across(view: View) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """Sizes of a halo's box on the axes besides the first, that few boxes have to cover, by their product."""
+    choices = []
+    for most, stride in zip(view.counts[1:], view.strides[1:], strict=True):
+        limit = min(most, MOST_ACROSS, MAP_BOX // stride)
+        choices.append([(size, -(-most // size)) for size in sorted({*ACROSS, most}, reverse=True) if size <= limit])
+    if view.strands:  # those of different lengths do not meet in a box
+        short = view.strands - view.ragged
+        choices[-1] = [(size, -(-view.ragged // size) - (-short // size)) for size, _ in choices[-1]]
+    found: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for sizes, width, count in _within(choices, MOST_ACROSS):
+        if view.spread * width % REPEAT == 0 and (width not in found or count < found[width][0]):
+            found[width] = count, sizes
+    return found
+
+
+def _within(choices: Sequence[Sequence[tuple[int, int]]], rows: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """One size of each of `choices`, their product, at most `rows`, and that of the counts that stand beside them.
+
+    Those that are first on the last axis come first.
+    """
     if not choices:
-        yield ()
+        yield (), 1, 1
         return
-    for last in choices[-1]:
-        if last <= rows:
-            yield from ((*sizes, last) for sizes in _within(choices[:-1], rows // last))
+    for size, count in choices[-1]:
+        if size <= rows:
+            for sizes, width, counts in _within(choices[:-1], rows // size):
+                yield (*sizes, size), width * size, counts * count
 
 
 def _sizes(count: int, most: int) -> list[int]:
-    """Sizes of a box on an axis of `count` positions that divide it evenly, the largest first."""
+    """Sizes of a box on an axis of `count` positions that divide it evenly, the largest first; of a long one, some."""
     parts = -(-count // most)
-    last = count if count <= MAP_BOX else parts + SIZES
-    return sorted({-(-count // each) for each in range(parts, max(parts, last) + 1)}, reverse=True)
+    last, short = (count, ()) if count <= MAP_BOX else (parts + SIZES, ACROSS)
+    even = {-(-count // each) for each in range(parts, max(parts, last) + 1)}
+    return sorted(even | {size for size in short if size <= most}, reverse=True)
 
 
 def _balanced(count: int, most: int) -> int:
@@ -136,18 +273,43 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     require(form, element, aligned, limits)
     channels = form.shape.in_channels // form.shape.groups
     steps = [bk for bk in STEPS if bk == STEPS[0] or -channels % bk < -channels % STEPS[0]]
-    found = [_candidate(form, dtype, activation, limits, *sizes, bk) for sizes in TILES for bk in steps]
-    plans = [plan for plan in found if isinstance(plan, LaunchPlan)]
-    if not plans:
-        raise PlanError("; ".join(map(str, found)))
-    # Of those that are about as fast, the one that does least; where the memory is slow, they all are.
-    least = min(plan.seconds for plan in plans)
+    found: list[_Candidate] = []
+    lost: list[str] = []
+    if form.shape.rank + 3 > MAP_RANK and max(form.shape.dilation_rate) > 1:
+        lost.append(f"warpgroups, phase: strands make {form.shape.rank + 3} axes of x, a tensor map has {MAP_RANK}")
+    for view in views(form.shape):
+        by_rows = {rows: _boxes(view, rows) for rows in {sizes[0] for sizes in TILES}}
+        boxes = [(box, sizes) for sizes in TILES for box in by_rows[sizes[0]]]
+        if not boxes:
+            lost.append(f"{view}: no box whose taps are a multiple of {REPEAT} rows apart, where operands may begin")
+            continue
+        if view.mode == "reload":
+            # What a driver refuses is the same in every view and for all boxes, which keep to its limits.
+            for map_ in _maps(form, dtype, view, boxes[0][0], steps[0]):
+                if problem := map_.problem():
+                    raise PlanError(f"warpgroups: no tensor map, {problem}")
+        fastest = [math.inf, math.inf]  # with weights that are streamed, and that stay
+        for bk, (box, sizes) in itertools.product(steps, boxes):
+            found += _candidates(form, limits, view, box, (*sizes, bk), fastest)
+        if math.isinf(fastest[False]):
+            lost.append(f"{view}: no tile has two stages in the shared memory of {limits.name}")
+        elif math.isinf(fastest[True]):
+            lost.append(f"{view}, weight-stationary: they do not fit, or no block has two tiles of the same columns")
+    if not found:
+        raise PlanError("; ".join(lost))
+    # Of those that are about as fast, the one that moves least; where the memory is slow, they all are.
+    least = min(each.cost.seconds for each in found)
     best = min(
-        (plan for plan in plans if plan.seconds <= CHOICE_FACTOR * least),
-        key=lambda plan: plan.cost.flops if plan.cost else 0,
+        (each for each in found if each.cost.seconds <= CHOICE_FACTOR * least),
+        key=lambda each: (each.cost.bytes, each.cost.flops),
     )
-    lost = [plan if isinstance(plan, str) else _slower(plan) for plan in found if plan is not best]
-    return dataclasses.replace(best, rejected=tuple(lost))
+    modes: dict[str, _Candidate] = {}
+    for each in sorted(found, key=lambda each: each.cost.seconds):
+        modes.setdefault(each.mode, each)
+    others = [
+        f"{each}, {each.cost.seconds * 1e6:.1f} us predicted" for each in modes.values() if each.mode != best.mode
+    ]
+    return _launch(form, dtype, activation, limits, best, (*others, *lost))
 
 
 def require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
@@ -166,7 +328,7 @@ def require(form: Form, element: Element, aligned: tuple[int, ...], limits: Devi
         raise PlanError("warpgroups: only channels_last")
     if channels % 8 or filters % 8:
         raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of 8")
-    if not form.depth:
+    if not form.products:
         raise PlanError("warpgroups: there are no products")
     if shape.groups > 1 and channels % STEPS[-1]:
         raise PlanError(
@@ -185,40 +347,183 @@ def _filters(form: Form) -> int:
     return form.columns // (math.prod(form.upsampled[2]) if form.upsampled else 1)
 
 
-def _candidate(
-    form: Form, dtype: str, activation: str, limits: DeviceLimits, bm: int, bn: int, gm: int, gn: int, bk: int
-) -> LaunchPlan | str:
-    """The plan with one tile, or why it cannot be taken."""
-    shape, element, columns = form.shape, ELEMENTS[dtype], form.columns
-    name = f"warpgroups, tile {bm}x{bn}x{bk}"
+def _boxes(view: View, rows: int) -> Sequence[Box]:
+    """Those that are weighed, of at most `rows` positions."""
+    if view.mode != "reload":
+        return choose_long_boxes(view, rows)
+    return (choose_box(view.counts[0], view.counts[1:], view.strides[1:], rows),)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A box of a view with a tile, what it takes of a multiprocessor, and what it costs.
+
+    Attributes:
+        stays: the weights do.
+        stages, w_stages, stage_rows: as in the kernel.
+        blocks: of the grid.
+    """
+
+    view: View
+    box: Box
+    tile: tuple[int, int, int, int, int]
+    stays: bool
+    stages: int
+    w_stages: int
+    stage_rows: int
+    blocks: int
+    cost: Cost
+
+    @property
+    def mode(self) -> str:
+        """In words."""
+        return f"{self.view}, weight-stationary" if self.stays else f"{self.view}"
+
+    def __str__(self) -> str:
+        bm, bn, *_, bk = self.tile
+        stages = f"{self.stages} and {'all' if self.stays else self.w_stages} stages"
+        return f"{self.mode}, tile {bm}x{bn}x{bk}, {stages}: {self.cost.bytes} bytes to shared memory"
+
+
+def _candidates(
+    form: Form,
+    limits: DeviceLimits,
+    view: View,
+    box: Box,
+    tile: tuple[int, int, int, int, int],
+    fastest: list[float],
+) -> Iterator[_Candidate]:
+    """Those of a box and a tile: with weights that are streamed, and with weights that stay.
+
+    Only those that fit, and that may be faster than `fastest` of their kind, which is kept.
+    """
+    bm, bn, _, _, bk = tile
+    shape = form.shape
     channels = shape.in_channels // shape.groups
     if shape.groups > 1 and channels % bk:
-        return f"{name}: a group has {channels} channels"
-    taps = math.prod(shape.kernel_size)
-    stage = (bm + -(-bn // SLICE) * SLICE) * bk * element.bytes
-    stages = min(MOST_STAGES, (limits.shared_bytes - RESULT_BYTES) // (stage + BARRIER_BYTES))
-    if stages < 2:
-        return f"{name}: {limits.name} has no shared memory for two stages"
-    shared_bytes = stages * (stage + BARRIER_BYTES) + RESULT_BYTES
+        return
+    chunks, columns = -(-channels // bk), -(-form.columns // bn) * shape.groups
+    steps, loads, tiles = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks, box.tiles * columns
+    processors = limits.multiprocessors
+    of_columns = min(box.tiles, max(1, processors // columns))  # blocks, if weights stay
+    all_of_w = steps * (_slices(bn) * bk + BARRIER_BYTES)
+    for stays in (False, True):
+        if stays and (of_columns == box.tiles or all_of_w > limits.shared_bytes):
+            continue
+        blocks = columns * of_columns if stays else min(tiles, processors)
+        rounds = -(-box.tiles // of_columns) * -(-blocks // processors) if stays else -(-tiles // processors)
+        if _busy(limits, tile, rounds, steps, 0) > CHOICE_FACTOR * fastest[stays]:
+            continue
+        pieces, _, piece_rows = _pieces(view, box)
+        stage_rows = max(bm + view.beyond * box.across, pieces * piece_rows)
+        stages, w_stages = _stages(limits, view, tile, stage_rows, steps if stays else 0)
+        if stages < 2:
+            continue
+        work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
+        copied = loads * pieces * piece_rows * bk * 2 + (blocks / tiles if stays else 1) * steps * _slices(bn) * bk
+        # Of w, a block whose weights stay reads what one tile does.
+        moved = 2 * channels * columns * _inputs(view, box)
+        moved += _weights(form, bn) * (of_columns if stays else box.tiles)
+        cost = _cost(form, limits, tile, rounds, steps, copied, work, moved)
+        fastest[stays] = min(fastest[stays], cost.seconds)
+        yield _Candidate(view, box, tile, stays, stages, w_stages, stage_rows, blocks, cost)
 
-    box = choose_box(shape.batch, shape.out_size, shape.strides, bm)
-    maps = (_map_of_x(shape, dtype, box, bk), _map_of_w(form, dtype, bk))
-    for each in maps:
-        if problem := each.problem():
-            return f"{name}: no tensor map, {problem}"
+
+@functools.lru_cache(maxsize=4096)
+def _inputs(view: View, box: Box) -> int:
+    """Inputs that the tiles of a view read for all taps, those apart that lie outside of x."""
+    pieces, piece, _ = _pieces(view, box)
+    spans = (pieces * piece, *box.sizes[1:])
+    of_axes = list(zip(view.counts, view.sizes, view.taps, view.strides, view.dilations, view.pads, strict=True))
+    if not view.strands:
+        return math.prod(_read(*axis, size, span) for axis, size, span in zip(of_axes, box.sizes, spans, strict=True))
+    (count, inputs, *rest), *others, _ = of_axes
+    across = math.prod(_read(*axis, size, size) for axis, size in zip(others, box.sizes[1:-1], strict=True))
+    lengths = ((inputs + 1, view.ragged), (inputs, view.strands - view.ragged))
+    return across * sum(_read(count, n, *rest, box.sizes[0], spans[0]) * strands for n, strands in lengths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(count: int, inputs: int, taps: int, stride: int, dilation: int, pad: int, size: int, span: int) -> int:
+    """Inputs that boxes of `size` of `count` positions read for all taps on an axis, `span` each, if they exist."""
+    boxes, found = -(-count // size), 0
+    for tap in range(taps):
+        first = tap * dilation - pad
+        low, high = -(first // stride), -((first - inputs) // stride)
+        found += _overlap(high, boxes, size, span) - _overlap(low, boxes, size, span)
+    return found
+
+
+def _overlap(end: int, boxes: int, size: int, span: int) -> int:
+    """How much of boxes that begin `size` apart, `span` long, lies before `end`."""
+    if end <= 0:
+        return 0
+    whole = min(boxes, max(0, (end - span) // size + 1))
+    begun = max(whole, min(boxes, -(-end // size)))
+    return whole * span + (begun - whole) * end - size * (whole + begun - 1) * (begun - whole) // 2
+
+
+def _weights(form: Form, bn: int) -> int:
+    """Bytes of w that tiles of all columns and groups read once."""
+    groups, tiles, wide = form.shape.groups, -(-form.columns // bn), -(-bn // SLICE) * SLICE
+    starts = range(0, form.w_pitch, form.columns) if form.w_group == form.columns else [0] * groups
+    return 2 * form.depth * sum(_overlap(form.w_pitch - start, tiles, bn, wide) for start in starts)
+
+
+def _slices(bn: int) -> int:
+    """Bytes of a row of w in shared memory."""
+    return -(-bn // SLICE) * SLICE_BYTES
+
+
+def _stages(
+    limits: DeviceLimits, view: View, tile: tuple[int, int, int, int, int], stage_rows: int, all_of_w: int
+) -> tuple[int, int]:
+    """Stages of x and of w that fit shared memory, of w `all_of_w` if that is not 0."""
+    _, bn, _, _, bk = tile
+    room = limits.shared_bytes - RESULT_BYTES
+    x, w = stage_rows * bk * 2 + BARRIER_BYTES, _slices(bn) * bk + BARRIER_BYTES
+    if all_of_w:
+        return min(MOST_STAGES, (room - all_of_w * w) // x), all_of_w
+    # Those that hold the most steps ahead, where a stage of x serves some.
+    served = -(-view.shared // view.taps[0])
+    most = min(MOST_STAGES, (room - 2 * w) // x)
+    held = ((min(n * served, (room - n * x) // w, MOST_STAGES), n) for n in range(2, most + 1))
+    _, stages = max(held, default=(0, 0))
+    return stages, min(MOST_STAGES, (room - stages * x) // w)
+
+
+def _pieces(view: View, box: Box) -> tuple[int, int, int]:
+    """Boxes that bring a stage of x, positions on the first axis of each, and their rows."""
+    width, positions, most = box.across, box.sizes[0] + view.beyond, MAP_BOX // view.strides[0]
+    if positions <= most:
+        return 1, positions, positions * width
+    unit = REPEAT // math.gcd(REPEAT, width)  # every piece begins where the swizzle does
+    count = -(-positions // (most // unit * unit))
+    piece = -(-positions // (count * unit)) * unit
+    return count, piece, piece * width
+
+
+def _launch(
+    form: Form, dtype: str, activation: str, limits: DeviceLimits, chosen: _Candidate, rejected: tuple[str, ...]
+) -> LaunchPlan:
+    """The launch of a candidate."""
+    shape, element, columns = form.shape, ELEMENTS[dtype], form.columns
+    view, box, (bm, bn, gm, gn, bk) = chosen.view, chosen.box, chosen.tile
+    channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
     tiles_n = -(-columns // bn)
     tiles = box.tiles * tiles_n * shape.groups
-    steps = taps * -(-channels // bk)
-    blocks = min(tiles, limits.multiprocessors)
     # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
     band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
-    sizes = form.upsampled[0] if form.upsampled else shape.out_size
-    y_size = shape.batch * math.prod(sizes) * _filters(form) * shape.groups
-    width = index_bytes(2 * y_size, tiles + blocks, steps)
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    least_bytes = (x_size + form.depth * columns * shape.groups + y_size) * element.bytes
-    work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
-    cost = _cost(limits, (bm, bn, gm, gn, bk), box.rows, tiles, steps, work, least_bytes)
+    steps = taps * -(-channels // bk)
+    furthest = (view.counts[0] + MAP_BOX) * max(1, view.strands)
+    width = index_bytes(2 * form.count, tiles + chosen.blocks, steps, furthest)
+    stages_bytes = chosen.stages * chosen.stage_rows * bk * 2 + chosen.w_stages * _slices(bn) * bk
+    shared_bytes = stages_bytes + (chosen.stages + chosen.w_stages) * BARRIER_BYTES + RESULT_BYTES
+    boxes = view.boxes(box.sizes)
+    strands: tuple[int, ...] = ()
+    if view.strands:
+        strands = (view.strands, view.offset, view.ragged, -(-view.ragged // box.sizes[-1]))
+    useful = 100 * chosen.cost.least_flops / max(1, chosen.cost.flops)
     return LaunchPlan(
         kernel="conv_wgmma",
         constants=(
@@ -234,42 +539,74 @@ def _candidate(
             ("BK", bk),
             ("GM", gm),
             ("GN", gn),
-            ("STAGES", stages),
+            ("HALO", view.axis + 1),
+            ("PHASE", int(view.strands > 0)),
+            ("STATIONARY", int(chosen.stays)),
         ),
         integers=(
             *(tiles, box.tiles, tiles_n, band),
             *(shape.groups, channels, columns),
             *((columns, 0) if form.w_group == columns else (0, taps)),
-            *(taps, steps, shape.batch, box.items, box.rows),
-            *box.sizes,
-            *(-(-n // size) for n, size in zip(shape.out_size, box.sizes, strict=True)),
+            *(chosen.stages, chosen.w_stages, chosen.stage_rows),
+            *_pieces(view, box),
+            *(math.prod(view.taps), math.prod(view.taps[1:]) * -(-channels // bk)),
+            *(view.shared, view.spread * box.across),
+            *(shape.batch, box.rows),
             *shape.out_size,
-            *shape.kernel_size,
-            *shape.strides,
-            *shape.dilation_rate,
-            *shape.pad_before,
+            *box.sizes,
+            *(boxes if view.axis < 0 else (boxes[1], boxes[0], *boxes[2:])),
+            *view.taps,
+            *view.pitches,
+            *view.strides,
+            *view.dilations,
+            *view.pads,
+            *strands,
             *(size for sizes in form.upsampled for size in sizes),
         ),
-        grid=(blocks, 1, 1),
+        grid=(chosen.blocks, 1, 1),
         block=(THREADS, 1, 1),
         index_bytes=width,
         shared_bytes=shared_bytes,
         dynamic_shared_bytes=shared_bytes,
         registers=REGISTERS,
-        reason=_reason((bm, bn, bk), stages, box, tiles, cost, limits),
-        cost=cost,
-        maps=maps,
+        reason=(
+            f"{chosen}; boxes of {'x'.join(map(str, box.sizes))} positions, {useful:.0f} % of its products count, "
+            f"{tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
+        ),
+        rejected=rejected,
+        cost=chosen.cost,
+        maps=_maps(form, dtype, view, box, bk),
     )
 
 
-def _map_of_x(shape: ConvShape, dtype: str, box: Box, bk: int) -> TensorMap:
-    """Of boxes of `bk` channels at the inputs that the positions of `box` read for one tap."""
-    sizes = (shape.in_channels, *reversed(shape.in_size), shape.batch)
-    strides = tuple(ELEMENTS[dtype].bytes * each for each in itertools.accumulate(sizes[:-1], int.__mul__))
-    steps = (1, *reversed(shape.strides), 1)
-    spans = (bk, *reversed(box.sizes), box.items)
+def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[TensorMap, ...]:
+    """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights.
+
+    Strides stand in the order of the view and need not grow from axis to axis. The manual asks for multiples of 16
+    bytes, though its example has some that do; `overlap` of benchmarks/probe.py asks a GPU.
+    """
+    shape, element_bytes = form.shape, ELEMENTS[dtype].bytes
+    item = math.prod(shape.in_size) * shape.in_channels  # elements
+    pitches = [math.prod((*shape.in_size[a + 1 :], shape.in_channels)) for a in range(shape.rank)]
+    axis, strands = view.axis, view.strands
+    if axis < 0:
+        pitches = [item, *pitches]
+    else:
+        first, others = pitches[axis], (*pitches[:axis], *pitches[axis + 1 :])
+        pitches = [first * max(1, strands), item, *others, *([first] if strands else [])]
+    kinds = [view.sizes]
+    if strands:
+        ragged = (view.sizes[0] + 1, *view.sizes[1:-1], view.ragged)
+        kinds = [ragged if view.ragged else view.sizes, view.sizes]
+    strides = tuple(pitch * element_bytes for pitch in reversed(pitches))
+    steps = (1, *reversed(view.strides))
+    spans = (bk, *reversed((_pieces(view, box)[1], *box.sizes[1:])))
     extents = tuple(span * step for span, step in zip(spans, steps, strict=True))
-    return TensorMap(0, dtype, sizes, strides, extents, steps, bk * ELEMENTS[dtype].bytes)
+    maps = [
+        TensorMap(0, dtype, (shape.in_channels, *reversed(sizes)), strides, extents, steps, bk * element_bytes)
+        for sizes in kinds
+    ]
+    return *maps, _map_of_w(form, dtype, bk)
 
 
 def _map_of_w(form: Form, dtype: str, bk: int) -> TensorMap:
@@ -292,43 +629,40 @@ def _furthest(shape: ConvShape) -> int:
 
 
 def _cost(
+    form: Form,
     limits: DeviceLimits,
-    sizes: tuple[int, int, int, int, int],
-    rows: int,
-    tiles: int,
+    tile: tuple[int, int, int, int, int],
+    rounds: int,
     steps: int,
+    copied: float,
     work: tuple[int, int],
-    least_bytes: int,
+    moved: int,
 ) -> Cost:
-    """The model above; `work`: operations done and needed."""
-    bm, bn, gm, gn, bk = sizes
-    row_bytes = 2 * bk
-    clock = limits.clock
-    tensor = 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
-    copied = (rows + -(-bn // SLICE) * SLICE) * row_bytes
+    """The model above; `copied`: bytes a tile, with zeros; `work`: operations done and needed."""
+    bm, bn, gm, gn, bk = tile
     # A product of 64 rows reads them, and all columns of the warpgroup.
-    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * row_bytes
-    shared = (read + copied) / SHARED_BYTES_A_CYCLE / clock
-    rounds = -(-tiles // limits.multiprocessors)
-    step = max(tensor, shared, LEAST_CYCLES / clock)
-    busy = (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / clock
-    moved = tiles * steps * copied
+    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * bk * 2
+    shared = (read + copied / steps) / SHARED_BYTES_A_CYCLE / limits.clock
+    shape = form.shape
+    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
+    least_bytes = (x_size + form.depth * form.columns * shape.groups + form.count) * 2
+    unit = "tensor cores" if _product(limits, tile) >= shared else "shared memory"
     times = {
-        "tensor cores" if tensor >= shared else "shared memory": busy,
+        unit: _busy(limits, tile, rounds, steps, shared),
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
         "memory": least_bytes / limits.bandwidth,
     }
     return slowest(*work, moved, least_bytes, times)
 
 
-def _reason(tile: tuple[int, int, int], stages: int, box: Box, tiles: int, cost: Cost, limits: DeviceLimits) -> str:
-    useful = 100 * cost.least_flops / max(1, cost.flops)
-    name, sizes = "x".join(map(str, tile)), "x".join(map(str, box.sizes))
-    return (
-        f"warpgroups, tile {name}, {stages} stages; boxes of {sizes} positions of {box.items} items; "
-        f"{useful:.0f} % of its products count, {tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
-    )
+def _product(limits: DeviceLimits, tile: tuple[int, int, int, int, int]) -> float:
+    """Seconds of the tensor cores for a step."""
+    bm, bn, _, _, bk = tile
+    return 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
 
 
-def _slower(plan: LaunchPlan) -> str:
-    return f"{plan.reason.partition(';')[0]}: {plan.seconds * 1e6:.1f} us predicted"
+def _busy(limits: DeviceLimits, tile: tuple[int, int, int, int, int], rounds: int, steps: int, shared: float) -> float:
+    """Seconds of the busiest multiprocessor, whose shared memory takes `shared` of them for a step."""
+    bm, bn, *_ = tile
+    step = max(_product(limits, tile), shared, LEAST_CYCLES / limits.clock)
+    return (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / limits.clock

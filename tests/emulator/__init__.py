@@ -17,7 +17,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -119,10 +119,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch reported and, in mode "trace", what each instruction moved."""
+    """What a launch reported and, in mode "trace", what each instruction moved.
+
+    `touched`: bytes of global memory that were read or written, each counted once.
+    """
 
     reports: list[Report] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
+    touched: int = 0
 
 
 class EmulationError(RuntimeError):
@@ -393,6 +397,8 @@ class Module:
             if row == "report":
                 kind, site, count, message = fields
                 launch.reports.append(self._report(kind, int(site), message, int(count)))
+            elif row == "touched":
+                launch = replace(launch, touched=int(fields[0]))
             else:
                 spot, numbers = self.translation.sites[int(fields[0])], map(int, fields[2:])
                 launch.traffic.append(Traffic(spot.place, spot.line, spot.instruction, fields[1], *numbers))

@@ -113,6 +113,7 @@ static std::vector<Cell> shared_cells;
 static Cell* global_cells;
 static std::vector<Report> reports;
 static std::vector<Traffic> traffic;                   // two a site: global, shared
+static u64 touched;                                    // bytes of global memory that something has read or written
 static std::map<std::pair<u32, u32>, u32> engines;     // (kind, number) -> entry in the clocks
 static Fiber* running;
 static u32 live, stack_bytes;
@@ -1040,6 +1041,7 @@ static void find_written(const Extent& e) {
 static void launch(const Request& r) {
   reports.clear();
   traffic.assign(2 * site_count, Traffic{});
+  touched = 0;
   aborted = false, branches = 0;
   start = std::chrono::steady_clock::now();
   time_limit = r.timeout;
@@ -1100,12 +1102,16 @@ static void launch(const Request& r) {
     if (aborted) break;
   }
   munmap(stacks, u64(threads) * stack_bytes);
-  if (global_cells) munmap(global_cells, shadow_bytes);
+  if (!global_cells) return;
+  for (u64 i = 0; i < cells; i++)
+    if (global_cells[i].write_block || global_cells[i].read_block[0] || global_cells[i].read_block[1]) touched += cell_bytes;
+  munmap(global_cells, shadow_bytes);
 }
 
 }  // namespace emulator
 
-// Runs a kernel. Returns a line for each report and each instruction that accessed memory, valid until the next launch.
+// Runs a kernel. Returns a line for each report and each instruction that accessed memory, and one for all of it; valid
+// until the next launch.
 extern "C" __attribute__((visibility("default"))) const char* emulator_launch(const emulator::Request* request) {
   using namespace emulator;
   static std::string text;
@@ -1121,5 +1127,6 @@ extern "C" __attribute__((visibility("default"))) const char* emulator_launch(co
       text += '\t' + std::to_string(value);
     text += '\n';
   }
+  text += "touched\t" + std::to_string(touched) + '\n';
   return text.c_str();
 }
