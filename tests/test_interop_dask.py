@@ -357,6 +357,11 @@ def test_the_example_of_the_docstring():
 # --- Another array library ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("operation, w_shape", [("conv", (3, 3, 4)), ("depthwise_conv", (3, 3, 2))])
+def test_asking_for_metadata_starts_nothing_on_a_gpu(operation, w_shape):
+    assert ops.explain(operation, (0, 8, 3), w_shape, device="H200", activation="relu").steps == ()
+
+
 class Elsewhere(np.ndarray):
     """Stands for CuPy's class: of one kind throughout, or it is not computed with."""
 
