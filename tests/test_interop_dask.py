@@ -1,6 +1,9 @@
 """Dask arrays: convolutions in any chunks against the whole answer and the oracle, graphs, models, schedulers."""
 
+import inspect
 import itertools
+import subprocess
+import sys
 from math import prod
 
 import numpy as np
@@ -336,7 +339,27 @@ def test_errors_come_when_the_graph_is_built(x, w, options, error, match):
         bridge.conv(x, w, **options)
 
 
+def test_dask_is_asked_for_where_it_is_needed_and_nowhere_else():
+    code = "import sys, cuconv.models; assert 'dask' not in sys.modules; sys.modules['dask'] = None; import %s"
+    done = subprocess.run([sys.executable, "-c", code % "cuconv.interop.dask"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith('ImportError: cuconv.interop.dask needs Dask: pip install "cuconv[dask]"\n')
+
+
+def test_the_example_of_the_docstring():
+    lines = iter(inspect.getdoc(bridge).splitlines())
+    scope = {"dask": dask, "np": np, "conv": bridge.conv}
+    code = [line.removeprefix(">>> ") for line in lines if line.startswith((">>> ", "dask.array<"))]
+    exec(code[0], scope)
+    assert repr(eval(code[1], scope)) == code[2]
+
+
 # --- Another array library ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation, w_shape", [("conv", (3, 3, 4)), ("depthwise_conv", (3, 3, 2))])
+def test_asking_for_metadata_starts_nothing_on_a_gpu(operation, w_shape):
+    assert ops.explain(operation, (0, 8, 3), w_shape, device="H200", activation="relu").steps == ()
 
 
 class Elsewhere(np.ndarray):

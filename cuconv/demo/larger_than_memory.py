@@ -1,5 +1,6 @@
 """A convolution of more data than there is memory for, on a Dask cluster of this machine.
 
+    pip install "cuconv[dask]"
     python -m cuconv.demo.larger_than_memory
     python -m cuconv.demo.larger_than_memory --gigabytes 40 --workers 8 --memory 0.5
 

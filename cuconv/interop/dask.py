@@ -14,7 +14,8 @@ any length, shorter than the kernel too.
   along the channels. `conv` sums over the channels, so each call takes them all together.
 * **Kernel and bias** are NumPy, CuPy or Dask arrays. They are one entry of the graph, not a part of each call.
 * **The result** is the whole array's: up to the order in which BLAS, or a GPU's plan, adds for chunks of another size;
-  to the last bit where sums are exact. It is the same with every scheduler.
+  to the last bit where sums are exact. On NumPy it nearly always is where only the batch or, of `conv`, the channels
+  are chunked. Every scheduler gives the same bits.
 
 Several GPUs: dask-cuda starts a worker for each, and chunks are CuPy arrays::
 
@@ -122,18 +123,19 @@ def depthwise_conv(
     return _convolved(ops.depthwise_conv, geometry.depthwise_shape, x, w, bias, padding, options, activation, precision)
 
 
-def predict(model: models.Model, inputs: Sequence[Any], batch_size: int = 32, device: str | None = None) -> Any:
+def predict(model: models.Model, inputs: Any, batch_size: int = 32, device: str | None = None) -> Any:
     """What ``model.predict`` gives for Dask arrays: its output, or a list of them, in chunks along the batch.
 
     Each chunk is one `predict` of a copy of the model as it is now, which goes to each worker once. It computes where
     `device` says, and its outputs are NumPy arrays.
 
     Args:
-        inputs: an array for each input of the model, at least one a Dask array, whose batch chunks the others get.
+        inputs: an array, a list of them or a dict by input name; the batch chunks of the first Dask array hold for all.
 
     Raises:
         TypeError, ValueError: the inputs do not fit the model or each other, or a layer keeps a state between batches.
     """
+    inputs = model._arranged(inputs)
     stateful = [leaf.name for leaf in model._leaves() if getattr(leaf, "stateful", False)]
     if stateful:
         raise ValueError(f"chunks have no order, so no layer may be stateful. Received: stateful layers {stateful}")
@@ -187,7 +189,8 @@ def _convolved(
 ) -> da.Array:
     if not isinstance(x, da.Array):
         raise TypeError(f"`x` must be a Dask array. Received: x of type {_kind(x)}")
-    x_shape = (None if x.shape[:1] and math.isnan(x.shape[0]) else x.shape[0], *_known(x, "x", 1)) if x.ndim else ()
+    _check_known(x, "x", 1)
+    x_shape = tuple(None if math.isnan(n) else n for n in x.shape)
     w, bias = _kernel(w, "w"), None if bias is None else _kernel(bias, "bias")
     shape = rule(x_shape, w.shape, padding=padding, **options)
     options = {**options, "activation": activation, "precision": precision}
@@ -197,7 +200,7 @@ def _convolved(
 
     rowwise = activation is not None and not activations.get(activation).pointwise
     axes = _axes(shape, x.chunks, function is ops.depthwise_conv, rowwise)
-    batch, space, channels = geometry.split_shape(range(x.ndim), shape.data_format)
+    _, space, channels = geometry.split_shape(range(x.ndim), shape.data_format)
     if function is ops.depthwise_conv:
         w = w.rechunk((*w.shape[:-2], tuple(n // shape.depth_multiplier for n in axes[channels].lengths), -1))
     else:
@@ -216,7 +219,7 @@ def _convolved(
                 key, whole = (cut, *at, number), key
                 tasks[key] = (_cut, whole, tuple(part for _, part in corner))
             blocks.append(key)
-        sizes = tuple(axes[axis].lengths[at[axis]] for axis in range(x.ndim) if axis != batch)
+        sizes = tuple(axis.lengths[i] for axis, i in zip(axes[1:], at[1:], strict=True))
         zeros = tuple(axes[axis].zeros[at[axis]] for axis in space)
         kernel = (w.name, *(0,) * shape.rank, at[channels], 0)
         shift = None if bias is None else (bias.name, at[channels])
@@ -258,7 +261,8 @@ def _parts(lengths: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[lis
         for block in range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1):
             start = ends[block] - lengths[block]
             part = slice(max(first - start, 0), min(last - start, lengths[block]))
-            parts.append((block, WHOLE if part == slice(0, lengths[block]) else part))
+            if lengths[block]:
+                parts.append((block, WHOLE if part == slice(0, lengths[block]) else part))
         found.append(parts if first < last else [(0, slice(0, 0))])
     return found
 
@@ -269,19 +273,18 @@ def _kernel(array: Any, name: str) -> da.Array:
         if not (hasattr(array, "__array_function__") and hasattr(array, "dtype")):
             raise TypeError(f"`{name}` must be a NumPy, CuPy or Dask array. Received: {name} of type {_kind(array)}")
         array = da.from_array(array, chunks=-1)
-    _known(array, name)
+    _check_known(array, name)
     return array
 
 
-def _known(array: da.Array, name: str, axis: int = 0) -> tuple[int, ...]:
-    """The sizes from `axis` on, which must be known."""
+def _check_known(array: da.Array, name: str, axis: int = 0) -> None:
+    """Raises ValueError unless the sizes from `axis` on are known."""
     if any(map(math.isnan, array.shape[axis:])):
         but = " except those of the first axis" if axis else ""
         raise ValueError(
             f"the chunks of `{name}`{but} must have known lengths: `{name}.compute_chunk_sizes()` finds them out. "
             f"Received: {name}.chunks={array.chunks}"
         )
-    return array.shape[axis:]
 
 
 def _batched(array: Any, samples: tuple[Any, ...]) -> da.Array:
@@ -294,7 +297,7 @@ def _batched(array: Any, samples: tuple[Any, ...]) -> da.Array:
         )
     if not isinstance(array, da.Array):
         return da.from_array(array, chunks=(samples, *array.shape[1:]))
-    _known(array, "x", 1)
+    _check_known(array, "x", 1)
     return array.rechunk(dict.fromkeys(range(1, array.ndim), -1) | ({} if unknown else {0: samples}))
 
 
