@@ -49,7 +49,7 @@ def enabled(cupy, how=COMPLEX[0]):
         with bridge._lent("cupy.cudnn", cudnn):
             importlib.reload(sigpy.conv)
         assert sigpy.conv._complex is not bridge._complex
-    return SimpleNamespace(sigpy=sigpy, bridge=bridge, cupy=cupy)
+    return SimpleNamespace(sigpy=sigpy, bridge=bridge, how=how)
 
 
 @pytest.fixture(scope="module", params=COMPLEX)
@@ -174,16 +174,33 @@ def test_adjoint_operators_are_adjoint(gpu, rank, mode):
         np.testing.assert_allclose(on_cpu(operator.H.H * x), forward, rtol=1e-12)
 
 
-def test_an_app_recovers_the_same_maps(gpu, monkeypatch):
-    """JSENSE, the app of mikgroup/sigpy#151: convolutions in every step, and their adjoints."""
-    app, calls = importlib.import_module("sigpy.mri.app"), []
+def test_complex_arrays_take_one_convolution(gpu, monkeypatch):
+    """Or sigpy's four."""
+    calls = noted(monkeypatch)
+    data, filt = (each.view(posing_cupy.Posing) for each in arrays("complex64", (2,), (8, 7), (3, 3), None))
+    output = gpu.sigpy.convolve(data, filt)
+    gpu.sigpy.convolve_data_adjoint(output, filt, data.shape)
+    gpu.sigpy.convolve_filter_adjoint(output, data, filt.shape)
+    times = 1 if gpu.how == COMPLEX[0] else 4
+    assert calls == [name for name in FUNCTIONS for _ in range(times)]
 
-    def counted(name):
+
+def noted(monkeypatch):
+    """The names of our functions, as they are called from now on."""
+    calls = []
+
+    def noting(name):
         function = getattr(cudnn, name)
         return lambda *given, **keywords: calls.append(name) or function(*given, **keywords)
 
     for name in FUNCTIONS:
-        monkeypatch.setattr(cudnn, name, counted(name))
+        monkeypatch.setattr(cudnn, name, noting(name))
+    return calls
+
+
+def test_an_app_recovers_the_same_maps(gpu, monkeypatch):
+    """JSENSE, the app of mikgroup/sigpy#151: convolutions in every step, and their adjoints."""
+    app, calls = importlib.import_module("sigpy.mri.app"), noted(monkeypatch)
     kspace = uniform(np.random.default_rng(3), (3, 16, 12), "complex64")
     options = {"mps_ker_width": 4, "ksp_calib_width": 8, "max_iter": 3, "max_inner_iter": 4, "show_pbar": False}
     expected = app.JsenseRecon(kspace, **options).run()

@@ -67,7 +67,11 @@ class Runtime(EmulatedRuntime):
 @pytest.fixture
 def device(monkeypatch):
     """An engine on the emulator for arrays of OnDevice; all arrays of a call must be."""
-    engine = Engine(Runtime(DEVICES["H200"], mode="trace", seed=1))
+    return emulated_device(monkeypatch, Runtime(DEVICES["H200"], mode="trace", seed=1))
+
+
+def emulated_device(monkeypatch, device):
+    engine = Engine(device)
     place = ops._place
 
     def placed(arrays):

@@ -24,7 +24,7 @@ one integer per spatial axis; `dilation` may be None for ones.
 
 What is more than CuPy had:
 
-* one spatial axis, which cuDNN refused, two and three, all of them in both layouts, with any groups and dilation;
+* one spatial axis, where cuDNN failed, two and three; all in both layouts, with any groups, strides and dilation;
 * NumPy arrays, all of one call in one place, and bfloat16;
 * complex64 and complex128. The forward pass multiplies by W as it is; the gradients are the adjoint of it, so
   `convolution_backward_data` multiplies by conj(W) and `convolution_backward_filter` by conj(x), for which nobody
@@ -38,7 +38,7 @@ Weak points:
   says, and float32 is never rounded to TF32, which cuDNN 8 and later may do.
 * kernels are copied into [taps.., C / groups, F] order at every call, a gradient of W back from it, and on a GPU so are
   images and products that are not C-contiguous. Images and products that are contiguous are not copied.
-* there is no code for complex numbers on tensor cores, in CUDA or here.
+* complex arrays are computed on the ordinary units of a GPU, never on its tensor cores.
 * `b` and all arrays of a call have one dtype; a `b` of one element is not spread over the channels.
 * the rest of `cupy.cudnn` is not offered: activations, softmax, dropout, pooling, batch normalization, recurrent nets,
   CTC, descriptors and handles raise an AttributeError that says so.
