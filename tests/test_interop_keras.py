@@ -282,7 +282,7 @@ class Accelerated(KerasSide):
         return found
 
 
-DRAWN = [case for layer in LAYERS for case in list(random_cases(layer))[: 12 if layer in WITH_WEIGHTS else 4]]
+DRAWN = [case for layer in LAYERS for case in list(random_cases(layer))[: 8 if layer in WITH_WEIGHTS else 4]]
 
 
 @pytest.mark.parametrize("case", [case for case in DRAWN if case.layer in WITH_WEIGHTS], ids=lambda each: each.id)
@@ -527,6 +527,23 @@ def test_threads_open_one_model_at_once():
 
     in_threads(*[work] * 4)
     assert_given_back(model)
+
+
+def test_threads_open_and_close_at_any_moment():
+    layer = K.Conv1D(2, 3)
+
+    def work():
+        for _ in range(200):
+            with accelerate(layer):
+                assert is_ours(layer)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(*[work] * 4)
+    finally:
+        sys.setswitchinterval(before)
+    assert_given_back(layer)
 
 
 def test_models_can_be_made_inside():
