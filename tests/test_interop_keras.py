@@ -6,10 +6,12 @@ Layers one by one are asked what keras_harness.py asks, with gradients, on confi
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -529,20 +531,26 @@ def test_threads_open_one_model_at_once():
     assert_given_back(model)
 
 
-def test_threads_open_and_close_at_any_moment():
-    layer = K.Conv1D(2, 3)
+def test_threads_open_and_close_at_any_moment(monkeypatch):
+    layer, wraps = K.Conv1D(2, 3), functools.wraps
 
-    def work():
-        for _ in range(200):
-            with accelerate(layer):
-                assert is_ours(layer)
+    def slow(original):
+        time.sleep(1e-3)  # so that another thread comes in between
+        return wraps(original)
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        in_threads(*[work] * 4)
-    finally:
-        sys.setswitchinterval(before)
+    def work(seed):
+        def run():
+            rng = np.random.default_rng(seed)
+            for _ in range(40):
+                with accelerate(layer):
+                    time.sleep(rng.uniform(0, 3e-3))
+                    assert is_ours(layer)
+                time.sleep(rng.uniform(0, 3e-3))
+
+        return run
+
+    monkeypatch.setattr(accelerating.functools, "wraps", slow)
+    in_threads(*map(work, range(4)))
     assert_given_back(layer)
 
 
