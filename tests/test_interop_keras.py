@@ -765,8 +765,9 @@ def test_sequential_models_without_an_input_go_over():
     assert_close(from_keras(theirs)(X), theirs.predict(X, verbose=0).astype("float64"), dtype="float32", terms=6)
 
 
-def test_lora_is_merged():
-    layer = K.Conv1D(4, 3)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_lora_is_merged(use_bias):
+    layer = K.Conv1D(4, 3, use_bias=use_bias)
     layer.build((None, 6, 2))
     layer.enable_lora(2)
     layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
