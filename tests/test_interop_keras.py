@@ -805,5 +805,8 @@ def test_every_unknown_layer_is_named():
     ours = cuconv.Sequential([Own(2, 1, name="own"), cuconv.layers.Conv1D(2, 1, dtype="complex64", name="complex")])
     with pytest.raises(ValueError, match=r"Received: own \(Own, float32\), complex \(Conv1D, complex64\)"):
         to_keras(ours)
+    for convert, library in ((from_keras, K), (to_keras, cuconv.layers)):
+        with pytest.raises(ValueError, match=r"Received: mine \(Conv1D, float32\)"):
+            convert(type("Conv1D", (library.Conv1D,), {})(2, 1, name="mine"))
     with pytest.raises(TypeError, match="must be a layer or model of cuconv"):
         to_keras(K.Conv1D(1, 1))
