@@ -347,8 +347,9 @@ def conv_transpose(
         around = [size for behind in reversed(more) for size in (0, behind)]  # the last axis comes first
         x = torch.nn.functional.pad(x, [0, 0, *around] if data_format == CHANNELS_LAST else around)
     bias = _bias(bias, groups * w.shape[-2])
-    if w.shape[-2] == 1 < groups == w.shape[-1]:
-        # A filter a channel: the gradient of a depthwise convolution, which has faster kernels.
+    if w.shape[-2] == 1 < groups == w.shape[-1] and (bias is None or x.element_size() > 2):
+        # A filter a channel: the gradient of a depthwise convolution, which has faster kernels. A bias comes on top of
+        # what was rounded already, which 16 bits would show.
         found = geometry.transpose_shape(
             tuple(x.shape),
             tuple(w.shape),
@@ -359,9 +360,8 @@ def conv_transpose(
             dilation_rate=rates,
             groups=groups,
         )
-        y = _depthwise_conv_input_grad(
-            x, w.transpose(-1, -2), found.x_shape, steps, pads, data_format, rates, precision
-        )
+        turned = w.transpose(-1, -2).conj()  # which the gradient conjugates again
+        y = _depthwise_conv_input_grad(x, turned, found.x_shape, steps, pads, data_format, rates, precision)
         return y if bias is None else y + bias.reshape(-1, *(1,) * (0 if data_format == CHANNELS_LAST else rank))
     return _conv_transpose(x, w, bias, steps, pads, ends, data_format, rates, groups, precision)
 
