@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from cuconv import bench, plots, profiling
+from cuconv import bench, plots, profiling, weights
 from cuconv.cli import layer
 from cuconv.cli.common import (
     CommandError,
@@ -100,7 +100,9 @@ def _work(options: argparse.Namespace) -> bench.Work:
             raise CommandError("`--batch-size` is for model files; --shape holds a layer's", code=2)
         return bench.layer_work(name, layer.case(name, options))
     if not name.endswith(".npz"):
-        raise CommandError(f"a layer ({', '.join(bench.LAYERS)}) or an .npz file is needed. Received: {name!r}", code=2)
+        raise CommandError(
+            f"a layer ({', '.join(bench.LAYERS)}) or a .npz, .keras or .h5 file is needed. Received: {name!r}", code=2
+        )
     path = Path(name)
     given = layer.given(options)
     if given:
