@@ -31,6 +31,7 @@ from cuconv.files.common import PathLike, Stored, intact, reason
 from cuconv.layers.base import Layer, hollow_weights
 
 MODEL_SUFFIXES = (".npz", ".keras", ".h5")
+KINDS = {".npz": "cuconv", ".safetensors": "safetensors", ".keras": "Keras", ".h5": "Keras"}
 WEIGHT_SUFFIXES = (".npz", ".weights.h5", ".h5", ".safetensors")
 
 
@@ -105,7 +106,7 @@ def _read(place: Path, layer: Layer, own: Mapping[str, Any], stored: Mapping[str
                 f"weight {name!r} of {layer.name!r} is real and the file's is {stored[name].dtype}. "
                 f"Received: path={os.fspath(place)!r}"
             )
-    with intact(place, "weight"):
+    with intact(place, KINDS[place.suffix]):
         return {name: stored[name].read() for name in own}
 
 

@@ -14,7 +14,7 @@ import pytest
 import cuconv
 from cuconv import cli, doctor, layers, models
 from cuconv.cuda import runtime
-from cuconv.files import npz
+from cuconv.files import common, npz
 
 ROOT = Path(__file__).parents[1]
 
@@ -306,7 +306,7 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.common, "open", refuse, raising=False)
+    monkeypatch.setattr(common, "open", refuse, raising=False)
     assert run() == 1
     assert capsys.readouterr().err == "cuconv run: error: out.npy cannot be written: Permission denied\n"
 

@@ -99,9 +99,10 @@ def _work(options: argparse.Namespace) -> bench.Work:
         if options.batch_size:
             raise CommandError("`--batch-size` is for model files; --shape holds a layer's", code=2)
         return bench.layer_work(name, layer.case(name, options))
-    if not name.endswith(".npz"):
+    if not name.endswith(weights.MODEL_SUFFIXES):
+        suffixes = ", ".join(weights.MODEL_SUFFIXES)
         raise CommandError(
-            f"a layer ({', '.join(bench.LAYERS)}) or a .npz, .keras or .h5 file is needed. Received: {name!r}", code=2
+            f"a layer ({', '.join(bench.LAYERS)}) or a file ({suffixes}) is needed. Received: {name!r}", code=2
         )
     path = Path(name)
     given = layer.given(options)
