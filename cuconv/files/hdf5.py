@@ -134,7 +134,8 @@ class Reader:
             raise ValueError(f"attribute {name!r} is not text")
         value = holder.attrs[name]
         parts = [value] if isinstance(value, str | bytes) else np.asarray(value).ravel().tolist()
-        return [part.decode() if isinstance(part, bytes) else str(part) for part in parts]
+        # h5py lets bytes that are no UTF-8 pass as surrogates; encoding them again refuses them.
+        return [(part if isinstance(part, bytes) else str(part).encode()).decode() for part in parts]
 
 
 def write_array(group: Any, path: str, array: np.ndarray, *, label: bool) -> None:
