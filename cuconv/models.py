@@ -626,15 +626,19 @@ class Model(Layer):
         return json.dumps(layers.serialize(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes config and weights to one .npz file, which `load_model` reads. Nothing in it is executable."""
-        weights.write_archive(path, weights.named_arrays(self), layers.serialize(self))
+        """Writes config and weights to one file, which `load_model` reads. Nothing in it is executable.
+
+        Args:
+            path: ends in .npz (cuconv's own format), .keras (which Keras 3 loads) or .h5 (which Keras 2 and 3 load).
+        """
+        weights.save_model(self, path, lambda: layers.serialize(self))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
-        """Writes the weights to an .npz file."""
+        """Writes the weights to a .npz, .weights.h5, .h5 or .safetensors file."""
         weights.save_weights(self, path)
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Overwrites the weights with those of an .npz file."""
+        """Overwrites the weights with those of a .npz, .keras, .weights.h5, .h5 or .safetensors file."""
         weights.load_weights(self, path)
 
 
@@ -780,16 +784,18 @@ def model_from_json(text: str, custom_objects: Mapping[str, Any] | None = None) 
 
 
 def load_model(path: str | os.PathLike[str], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The model that `Model.save` wrote, with its weights.
+    """The model that `Model.save` of cuconv or of Keras wrote, with its weights.
 
     Args:
+        path: ends in .npz, .keras or .h5.
         custom_objects: name -> class or callable that is not built in; nothing is ever imported by name.
 
     Raises:
         ValueError: the file is damaged, was made by something else, or its weights do not fit its layers. Sizes are
             checked before anything is allocated for them.
+        ImportError: the library for this format is missing.
     """
-    return weights.load_archive(path, lambda config: layers.deserialize(config, custom_objects), custom_objects or ())
+    return weights.load_model(path, lambda config: layers.deserialize(config, custom_objects), custom_objects or ())
 
 
 # --- Small helpers -----------------------------------------------------------------------------------------------

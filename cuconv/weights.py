@@ -1,63 +1,69 @@
-"""Weights in files: an .npz of plain arrays and one JSON member that names them, never pickle.
+"""Models and weights in files; the suffix of a path names the format, `cuconv.files` knows it.
 
-The member ``cuconv.json`` holds ``format`` ("cuconv"), ``version`` (1), ``weights`` (name, shape and dtype of each) and
-``model`` (a config or null). Each array is a member ``<name>.npy``, stored uncompressed, so that no file needs more
-memory than its own size; bfloat16 is kept as the 16-bit integers it is made of. ``numpy.load`` opens such a file too.
+===================  ===================================================  ===========================
+suffix               holds                                                needs
+===================  ===================================================  ===========================
+``.npz``             weights, or a model with them: cuconv's own format   nothing
+``.keras``           a model of Keras 3                                   ``pip install cuconv[files]``
+``.h5``              weights or a model in Keras 1's and 2's layout       the same
+``.weights.h5``      weights of Keras 3                                   the same
+``.safetensors``     weights by path, "conv1d/kernel"                     the same
+===================  ===================================================  ===========================
 
-Everything that can be checked is checked before memory is taken: the list of members, their sizes against the shapes,
-the shapes against those of the layers. Files are written beside their place and moved there at the end.
+Files may come from anyone. Names, shapes and sizes are compared with the layers and with the size of the file before
+memory is taken, nothing in a file is executed, and whatever is wrong is one ValueError. Files are written beside their
+place and moved there at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from cuconv import ops
-from cuconv.layers.base import BFLOAT16, Layer
+from cuconv.files import keras, npz, tensors
+from cuconv.files.common import PathLike, Stored, intact, reason
+from cuconv.layers.base import Layer, hollow_weights
 
-MANIFEST = "cuconv.json"
-MAX_MANIFEST_BYTES = 16 << 20  # a network of a thousand layers describes itself in about 1 MB
-DTYPES = {dtype.name: dtype for dtype in ops.DTYPES}
+MODEL_SUFFIXES = (".npz", ".keras", ".h5")
+KINDS = {".npz": "cuconv", ".safetensors": "safetensors", ".keras": "Keras", ".h5": "Keras"}
+WEIGHT_SUFFIXES = (".npz", ".weights.h5", ".h5", ".safetensors")
 
-PathLike = str | os.PathLike[str]
+
+# --- Weights -----------------------------------------------------------------------------------------------------
 
 
 def save_weights(layer: Layer, path: PathLike) -> None:
-    """Writes the weights of a layer or model to an .npz file."""
-    write_archive(path, named_arrays(layer), None)
+    """Writes the weights of a layer or model to a .npz, .weights.h5, .h5 or .safetensors file."""
+    place = _place(path, WEIGHT_SUFFIXES)
+    arrays = named_arrays(layer)
+    if place.suffix == ".npz":
+        npz.write(place, arrays, None)
+    elif place.suffix == ".safetensors":
+        tensors.write(place, arrays)
+    else:
+        keras.write_weights(place, layer)
 
 
 def load_weights(layer: Layer, path: PathLike) -> None:
-    """Overwrites the weights of a built layer or model with those of an .npz file.
+    """Overwrites the weights of a built layer or model with those of a .npz, .keras, .h5 or .safetensors file.
+
+    Values are cast to the dtype of the weights.
 
     Raises:
         ValueError: the file is damaged, or its names or shapes are not those of the layer. No weight has been changed
             then.
+        ImportError: the library for this format is missing.
     """
+    place = _place(path, (*WEIGHT_SUFFIXES, ".keras"))
     own = {name: weight.value for name, weight in layer._named_weights().items()}
-    shapes = {name: tuple(value.shape) for name, value in own.items()}
-    with open(_npz(path), "rb") as stream:
-        with _intact(path):
-            archive = _Archive(stream)
-        stored = {name: shape for name, (shape, _) in archive.entries.items()}
-        differing = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
-        if differing:
-            listed = ", ".join(f"{name} ({stored.get(name)} for {shapes.get(name)})" for name in differing[:5])
-            raise ValueError(
-                f"these are not the weights of {layer.name!r}, they differ in {listed}. "
-                f"Received: path={os.fspath(path)!r}"
-            )
-        with _intact(path):
-            arrays = {name: archive.read(name) for name in own}
+    with _stored(place, layer) as stored:
+        arrays = _read(place, layer, own, stored)
     for name, value in own.items():
         value[...] = ops.like(arrays[name], value)
 
@@ -69,132 +75,86 @@ def named_arrays(layer: Layer) -> dict[str, np.ndarray]:
     return {name: ops.to_numpy(weight.value) for name, weight in layer._named_weights().items()}
 
 
-def write_archive(path: PathLike, arrays: Mapping[str, np.ndarray], model: Mapping[str, Any] | None) -> None:
-    """Writes arrays and a model's config; the file is complete or not there at all."""
-    place = _npz(path)
-    entries = [{"name": name, "shape": array.shape, "dtype": array.dtype.name} for name, array in arrays.items()]
-    manifest = json.dumps({"format": "cuconv", "version": 1, "weights": entries, "model": model}).encode()
-    unfinished = place.with_name(f"{place.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with open(unfinished, "xb") as stream:
-            with zipfile.ZipFile(stream, "w") as archive:
-                archive.writestr(zipfile.ZipInfo(MANIFEST), manifest)
-                for name, array in arrays.items():
-                    plain = array.view(np.uint16) if array.dtype == BFLOAT16 else array
-                    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.ascontiguousarray(plain), allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, place)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+@contextlib.contextmanager
+def _stored(place: Path, layer: Layer) -> Iterator[dict[str, Stored]]:
+    """What the file holds, under the names of the layer's weights where it is clear which is meant."""
+    if place.suffix in (".npz", ".safetensors"):
+        with (npz if place.suffix == ".npz" else tensors).opened(place) as stored:
+            yield stored
+    else:
+        with keras.opened(place) as (_, reader):
+            with intact(place, "Keras"):
+                stored = keras.stored_weights(reader, layer)
+            yield stored
 
 
-def load_archive(path: PathLike, create: Callable[[Mapping[str, Any]], Any], custom_names: Collection[str] = ()) -> Any:
-    """The model that `create` makes of the config in the file, with the arrays of the file as its weights.
-
-    The arrays are put into the config as each layer's `weights`, so a layer compares shapes before it takes memory.
-    Only classes in `custom_names` that have no arrays are left to themselves.
-    """
-    with open(_npz(path), "rb") as stream, _intact(path):
-        archive = _Archive(stream)
-        arrays = {name: archive.read(name) for name in archive.entries}
-    if not isinstance(archive.model, dict):
+def _read(place: Path, layer: Layer, own: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+    """The arrays of the file, if they are those of the layer."""
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    found = {name: each.shape for name, each in stored.items()}
+    differing = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+    if differing:
+        listed = ", ".join(f"{name} ({found.get(name)} for {shapes.get(name)})" for name in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(
-            f"this file holds weights without a model: use load_weights. Received: path={os.fspath(path)!r}"
+            f"these are not the weights of {layer.name!r}, they differ in {listed}{more}. "
+            f"Received: path={os.fspath(place)!r}"
         )
-    try:
-        model = create(_with_weights(archive.model, arrays, custom_names, ""))
-        if set(model._named_weights()) != set(arrays):
+    for name, value in own.items():
+        if stored[name].dtype.kind == "c" and np.dtype(value.dtype).kind != "c":
             raise ValueError(
-                f"it has {len(model._named_weights())} weights and the file {len(arrays)}, under other names"
+                f"weight {name!r} of {layer.name!r} is real and the file's is {stored[name].dtype}. "
+                f"Received: path={os.fspath(place)!r}"
             )
-    except Exception as error:  # a config from elsewhere can be wrong in any way
-        raise ValueError(f"this model cannot be built: {_reason(error)}. Received: path={os.fspath(path)!r}") from error
+    with intact(place, KINDS[place.suffix]):
+        return {name: stored[name].read() for name in own}
+
+
+# --- Models ------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: Layer, path: PathLike, config: Callable[[], Mapping[str, Any]]) -> None:
+    """Writes config and weights to a .npz, .keras or .h5 file."""
+    place = _place(path, MODEL_SUFFIXES)
+    arrays = named_arrays(model)
+    if place.suffix == ".npz":
+        npz.write(place, arrays, config())
+    else:
+        keras.write_model(place, model)
+
+
+def load_model(path: PathLike, create: Callable[[Mapping[str, Any]], Any], custom_names: Collection[str] = ()) -> Any:
+    """The model that `create` makes of the config in the file, with the weights in the file."""
+    place = _place(path, MODEL_SUFFIXES)
+    if place.suffix == ".npz":
+        return npz.load_model(place, create, custom_names)
+    with keras.opened(place) as (config, reader):
+        if config is None:
+            raise ValueError(
+                f"this file holds weights without a model: use load_weights. Received: path={os.fspath(path)!r}"
+            )
+        try:
+            keras.check_classes(config, custom_names)
+            with hollow_weights():
+                model = create(config)
+            stored = keras.stored_weights(reader, model)
+        except Exception as error:  # a config from elsewhere can be wrong in any way
+            raise ValueError(
+                f"this model cannot be built: {reason(error)}. Received: path={os.fspath(path)!r}"
+            ) from error
+        own = model._named_weights()
+        arrays = _read(place, model, {name: weight.value for name, weight in own.items()}, stored)
+    for name, weight in own.items():
+        # Several paths may lead to one weight, and its array must be one of its own that can be written.
+        weight.value = np.array(arrays[name], weight.value.dtype, order="C")
     return model
 
 
-def _with_weights(config: Any, arrays: Mapping[str, np.ndarray], custom_names: Collection[str], prefix: str) -> Any:
-    """A layer's dict with its arrays in its config; a model's with those of its layers."""
-    inner = config.get("config") if isinstance(config, dict) else None
-    parts = inner.get("layers") if isinstance(inner, dict) else inner
-    if isinstance(parts, list):
-        parts = [_with_weights(each, arrays, custom_names, f"{prefix}{_layer_name(each)}/") for each in parts]
-        return {**config, "config": {**inner, "layers": parts} if isinstance(inner, dict) else parts}
-    if not isinstance(inner, dict) or config.get("class_name") == "InputLayer":
-        return config
-    own = [array for name, array in arrays.items() if name.startswith(prefix) and "/" not in name[len(prefix) :]]
-    custom = {str(config.get("class_name")).rpartition(">")[2], str(config.get("registered_name"))} & set(custom_names)
-    return config if custom and not own else {**config, "config": {**inner, "weights": own}}
-
-
-def _layer_name(config: Any) -> Any:
-    inner = config.get("config") if isinstance(config, dict) else None
-    return inner.get("name") if isinstance(inner, dict) else None
-
-
-class _Archive:
-    """An opened file whose member list, names and sizes have been checked."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._zip = zipfile.ZipFile(stream)
-        members = self._zip.infolist()
-        self._members = {member.filename: member for member in members}
-        for member in members:
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-                raise ValueError(f"member {member.filename!r} is compressed")
-        if len(self._members) != len(members):
-            raise ValueError("a member is there twice")
-        if MANIFEST not in self._members or self._members[MANIFEST].file_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"it has no {MANIFEST} of at most {MAX_MANIFEST_BYTES} bytes")
-        manifest = json.loads(self._zip.read(MANIFEST))
-        if manifest["format"] != "cuconv" or manifest["version"] != 1:
-            raise ValueError(f"its format is {manifest['format']!r}, version {manifest['version']!r}")
-        self.model = manifest["model"]
-        self.entries: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-            entry["name"]: (tuple(entry["shape"]), DTYPES[entry["dtype"]]) for entry in manifest["weights"]
-        }
-        if len(self.entries) != len(manifest["weights"]) or self._members.keys() != {
-            MANIFEST,
-            *(f"{name}.npy" for name in self.entries),
-        }:
-            raise ValueError(f"its members are not those {MANIFEST} names")
-
-    def read(self, name: str) -> np.ndarray:
-        """The array of that name."""
-        shape, dtype = self.entries[name]
-        stored = np.dtype(np.uint16) if dtype == BFLOAT16 else dtype
-        with self._zip.open(f"{name}.npy") as member:
-            version = np.lib.format.read_magic(member)
-            if version != (1, 0):
-                raise ValueError(f"array {name!r} has the header version {version}")
-            found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(member)
-            if (found_shape, fortran and len(shape) > 1, found_dtype) != (shape, False, stored):
-                raise ValueError(f"array {name!r} is {found_dtype} {found_shape}, not {stored} {shape}")
-            data = member.read()
-        return np.frombuffer(data, stored).reshape(shape).view(dtype)
-
-
-@contextlib.contextmanager
-def _intact(path: PathLike) -> Iterator[None]:
-    """Makes one ValueError of the dozen types in which a damaged file shows itself."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"this is not an intact cuconv file: {_reason(error)}. Received: path={os.fspath(path)!r}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the message, after the type where the message alone would say nothing."""
-    first = str(error).partition("\n")[0].rstrip(".")
-    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
-
-
-def _npz(path: PathLike) -> Path:
+def _place(path: PathLike, suffixes: tuple[str, ...]) -> Path:
     place = Path(path)
-    if place.suffix != ".npz":
-        raise ValueError(f"`path` must end in .npz. Received: path={os.fspath(path)!r}")
+    end = ".weights.h5" if place.name.endswith(".weights.h5") else place.suffix
+    if end not in suffixes:
+        advice = " Weights without a model are for load_weights and save_weights." if end in WEIGHT_SUFFIXES else ""
+        advice = advice or (" A model is saved with Model.save." if end in MODEL_SUFFIXES else "")
+        raise ValueError(f"`path` must end in {', '.join(suffixes)}.{advice} Received: path={os.fspath(path)!r}")
     return place

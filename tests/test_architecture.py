@@ -17,7 +17,7 @@ from cuconv.plan.types import ACTIVATION_CODES
 PACKAGE = Path(cuconv.__file__).parent
 
 # Every part may import itself and what stands below it; the helpers import nothing of cuconv but each other.
-ORDER = ["cli", "bench", "profiling", "demo", "parity", "interop", "compat", "models", "weights", "layers"]
+ORDER = ["cli", "bench", "profiling", "demo", "parity", "interop", "compat", "models", "weights", "files", "layers"]
 ORDER += ["ops", "explain", "plots", "timing", "reference", "cuda", "plan", "geometry"]
 HELPERS = {"activations", "constraints", "initializers", "interpolation", "regularizers", "seeding", "serialization"}
 

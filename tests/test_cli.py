@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import cuconv
-from cuconv import cli, doctor, layers, models, weights
+from cuconv import cli, doctor, layers, models
 from cuconv.cuda import runtime
+from cuconv.files import common, npz
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,7 +186,7 @@ def save_two_outputs():
 
 
 def save_bare_layer():
-    weights.write_archive("model.npz", {}, layers.serialize(layers.Cropping1D(1)))
+    npz.write(Path("model.npz"), {}, layers.serialize(layers.Cropping1D(1)))
 
 
 def write(path, content):
@@ -305,7 +306,7 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.common, "open", refuse, raising=False)
+    monkeypatch.setattr(common, "open", refuse, raising=False)
     assert run() == 1
     assert capsys.readouterr().err == "cuconv run: error: out.npy cannot be written: Permission denied\n"
 

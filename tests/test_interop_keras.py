@@ -6,10 +6,12 @@ Layers one by one are asked what keras_harness.py asks, with gradients, on confi
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -282,7 +284,7 @@ class Accelerated(KerasSide):
         return found
 
 
-DRAWN = [case for layer in LAYERS for case in list(random_cases(layer))[: 12 if layer in WITH_WEIGHTS else 4]]
+DRAWN = [case for layer in LAYERS for case in list(random_cases(layer))[: 8 if layer in WITH_WEIGHTS else 4]]
 
 
 @pytest.mark.parametrize("case", [case for case in DRAWN if case.layer in WITH_WEIGHTS], ids=lambda each: each.id)
@@ -529,6 +531,29 @@ def test_threads_open_one_model_at_once():
     assert_given_back(model)
 
 
+def test_threads_open_and_close_at_any_moment(monkeypatch):
+    layer, wraps = K.Conv1D(2, 3), functools.wraps
+
+    def slow(original):
+        time.sleep(1e-3)  # so that another thread comes in between
+        return wraps(original)
+
+    def work(seed):
+        def run():
+            rng = np.random.default_rng(seed)
+            for _ in range(40):
+                with accelerate(layer):
+                    time.sleep(rng.uniform(0, 3e-3))
+                    assert is_ours(layer)
+                time.sleep(rng.uniform(0, 3e-3))
+
+        return run
+
+    monkeypatch.setattr(accelerating.functools, "wraps", slow)
+    in_threads(*map(work, range(4)))
+    assert_given_back(layer)
+
+
 def test_models_can_be_made_inside():
     layer = K.Conv1D(2, 3)
     with accelerate(layer) as acceleration:
@@ -740,8 +765,9 @@ def test_sequential_models_without_an_input_go_over():
     assert_close(from_keras(theirs)(X), theirs.predict(X, verbose=0).astype("float64"), dtype="float32", terms=6)
 
 
-def test_lora_is_merged():
-    layer = K.Conv1D(4, 3)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_lora_is_merged(use_bias):
+    layer = K.Conv1D(4, 3, use_bias=use_bias)
     layer.build((None, 6, 2))
     layer.enable_lora(2)
     layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
@@ -779,5 +805,8 @@ def test_every_unknown_layer_is_named():
     ours = cuconv.Sequential([Own(2, 1, name="own"), cuconv.layers.Conv1D(2, 1, dtype="complex64", name="complex")])
     with pytest.raises(ValueError, match=r"Received: own \(Own, float32\), complex \(Conv1D, complex64\)"):
         to_keras(ours)
+    for convert, library in ((from_keras, K), (to_keras, cuconv.layers)):
+        with pytest.raises(ValueError, match=r"Received: mine \(Conv1D, float32\)"):
+            convert(type("Conv1D", (library.Conv1D,), {})(2, 1, name="mine"))
     with pytest.raises(TypeError, match="must be a layer or model of cuconv"):
         to_keras(K.Conv1D(1, 1))

@@ -11,7 +11,7 @@ from compare import assert_close, is_half
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import convolutions, depthwise_convolutions, examples, transposed_convolutions
-from torch_cases import FAMILIES, MEMORY, array, cases, laid, poisoned, random_tensor, torch, wide  # noqa: F401
+from torch_cases import FAMILIES, MEMORY, Case, array, cases, laid, poisoned, random_tensor, torch, wide  # noqa: F401
 
 from cuconv import ops as array_ops
 from cuconv import reference
@@ -109,6 +109,26 @@ def test_results_and_gradients_in_bfloat16(case):
 @examples(100)
 def test_results_and_gradients_in_complex128(case):
     compare_with_torch(case, "complex128")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "complex64", "complex128"])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_ways_that_depend_on_channels(rank, memory, dtype):
+    """A filter a channel, several, and one group, with and without a bias, of every family."""
+    taps, sizes = (3, 2, 2)[:rank], (6, 5, 4)[:rank]
+    for groups, filters, bias in itertools.product((1, 3), (1, 2), (False, True)):
+        options = {"stride": 2, "padding": 1, "groups": groups}
+        shapes = {
+            "conv": ((groups * filters, 3 // groups, *taps), options),
+            "conv_transpose": ((3, filters, *taps), {**options, "output_padding": 1}),
+            "separable_conv": ((3 * filters, 1, *taps), {"stride": 2, "padding": 1}),
+        }
+        for family, (shape, keywords) in shapes.items():
+            two = ((4, 3 * filters, *(1,) * rank),) if family == "separable_conv" else ()
+            width = 4 if two else groups * filters
+            case = Case(family, (2, 3, *sizes), (shape, *two), keywords, width * bias, memory)
+            compare_with_torch(case, dtype)
 
 
 # --- Against cuconv.ops ------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from layer_cases import PLAIN, outputs_of
 
-from cuconv import layers, weights
+from cuconv import layers
+from cuconv.files import npz as weights
 from cuconv.models import Input, Model, Sequential, load_model, load_weights, save_weights
 
 
@@ -182,7 +183,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="not built|no weights"):
         Sequential([layers.Conv1D(2, 3)]).save_weights(tmp_path / "w.npz")
     with pytest.raises(ValueError, match=r"\.npz"):
-        model_of_everything().save(tmp_path / "model.h5")
+        model_of_everything().save(tmp_path / "model.pkl")
     with pytest.raises(FileNotFoundError):
         model_of_everything().save(tmp_path / "missing" / "model.npz")
     assert os.listdir(tmp_path) == []
@@ -202,7 +203,7 @@ def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "m.npz")
     with pytest.raises(ValueError, match=r"\.npz"):
-        load_model(tmp_path / "m.h5")
+        load_model(tmp_path / "m.pkl")
 
 
 @pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.9, -1, -30])

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from cuconv import bench, plots, profiling
+from cuconv import bench, plots, profiling, weights
 from cuconv.cli import layer
 from cuconv.cli.common import (
     CommandError,
@@ -99,8 +99,11 @@ def _work(options: argparse.Namespace) -> bench.Work:
         if options.batch_size:
             raise CommandError("`--batch-size` is for model files; --shape holds a layer's", code=2)
         return bench.layer_work(name, layer.case(name, options))
-    if not name.endswith(".npz"):
-        raise CommandError(f"a layer ({', '.join(bench.LAYERS)}) or an .npz file is needed. Received: {name!r}", code=2)
+    if not name.endswith(weights.MODEL_SUFFIXES):
+        suffixes = ", ".join(weights.MODEL_SUFFIXES)
+        raise CommandError(
+            f"a layer ({', '.join(bench.LAYERS)}) or a file ({suffixes}) is needed. Received: {name!r}", code=2
+        )
     path = Path(name)
     given = layer.given(options)
     if given:

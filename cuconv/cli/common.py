@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import rich.progress
 from rich.console import Console
 
 from cuconv import models, profiling
 from cuconv.cuda import runtime
+from cuconv.files.common import replacing
 from cuconv.plan.devices import DEVICES
 
 Item = TypeVar("Item")
@@ -138,10 +137,10 @@ def draw(make: Callable[[], None]) -> None:
 
 
 def load_model(path: Path) -> models.Model:
-    """The model in an .npz file."""
+    """The model in a file."""
     try:
         model = models.load_model(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise CommandError(reason(error, path)) from error
     if not isinstance(model, models.Model):
         raise CommandError(f"{path} holds a {type(model).__name__} layer and not a model")
@@ -179,22 +178,6 @@ def reason(error: Exception, path: Path, otherwise: str | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{path}: {error.strerror}"
     return f"{path} {otherwise}: {error}" if otherwise else str(error)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream to a new file that takes the place of `path` at the end, or vanishes if anything fails."""
-    path = path.resolve()  # a link stays a link
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with open(unfinished, "xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:

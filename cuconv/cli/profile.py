@@ -49,7 +49,7 @@ WIDE = 156  # columns of a terminal that shows everything
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="an .npz file written by Model.save")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a .npz, .keras or .h5 file")
     parser.add_argument(
         "--shape", type=sizes, action="append", metavar="N,...", help="of an input, batch first; once for each input"
     )

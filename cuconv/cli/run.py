@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cuconv import doctor, models
-from cuconv.cli.common import CommandError, check_output, load_model, positive, print_json, reason, replacing, tracked
+from cuconv.cli.common import CommandError, check_output, load_model, positive, print_json, reason, tracked
+from cuconv.files.common import replacing
 
 NAME, WHAT = "run", "apply a saved model to the samples of a file"
 
@@ -19,7 +20,7 @@ MAX_BATCHES = 64  # of a piece: enough to overlap copies with computing, and few
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="an .npz file written by Model.save")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a .npz, .keras or .h5 file")
     parser.add_argument("input", type=Path, metavar="IN.npy", help="samples along the first axis; read piece by piece")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.npy", help="replaced once it is complete"

@@ -85,6 +85,17 @@ for _name, _value in list(globals().items()):
         register(_value, "keras.layers", _value.__name__, also=(_name,))  # _name may be an alias
 
 
+def class_name(layer: Layer) -> str:
+    """What Keras calls the class of a layer."""
+    cls = type(layer)
+    return _ORIGINS[cls][1] if cls in _ORIGINS else cls.__name__
+
+
+def has_class(name: str) -> bool:
+    """Whether a config with that class name is understood without `custom_objects`."""
+    return name in _CLASSES
+
+
 def serialize(layer: Layer) -> dict[str, Any]:
     """Keras 3's dict of a layer: its class, its config and the shape it was built for."""
     cls = type(layer)

@@ -13,10 +13,12 @@ None of the three passes stores anything on the layer, so one layer can stand at
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -34,9 +36,14 @@ Shape: TypeAlias = "tuple[int | None, ...]"
 _names: Counter[str] = Counter()
 
 
+def name_stem(class_name: str) -> str:
+    """What Keras makes of a class name: ``Conv1DTranspose`` -> "conv1d_transpose"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", class_name).lower()
+
+
 def auto_name(class_name: str) -> str:
     """Keras' automatic name: ``Conv1D`` -> "conv1d", then "conv1d_1", "conv1d_2", ..."""
-    stem = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", class_name).lower()
+    stem = name_stem(class_name)
     number = _names[stem]
     _names[stem] += 1
     return f"{stem}_{number}" if number else stem
@@ -211,6 +218,18 @@ def _public_signature(cls: type[Layer]) -> inspect.Signature:
 
 
 # --- Layers ------------------------------------------------------------------------------------------------------
+
+_hollow: ContextVar[bool] = ContextVar("hollow", default=False)
+
+
+@contextlib.contextmanager
+def hollow_weights() -> Iterator[None]:
+    """While this is open, layers are built with read-only weights that take no memory, to be replaced afterwards."""
+    token = _hollow.set(True)
+    try:
+        yield
+    finally:
+        _hollow.reset(token)
 
 
 class Weight:
@@ -430,6 +449,9 @@ class Layer:
             setattr(self, f"{word}_constraint", constraints.get(constraint))
 
     def _initial_values(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+        if _hollow.get():
+            zero = np.zeros((), self._variable)
+            return {name: np.broadcast_to(zero, shape) for name, shape in shapes.items()}
         given = self._initial_weights
         if given is None:
             return {

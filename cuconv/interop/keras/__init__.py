@@ -13,8 +13,8 @@ While :func:`accelerate` is open, the convolutions of the model's layers go thro
 forward and backward. Weights, optimizer, callbacks and saved files are what they were, and afterwards so is the model,
 whatever happened inside. Other models are untouched, unless they share layers with this one.
 
-:func:`from_keras` and :func:`to_keras` copy: neither side sees later changes of the other. They ask nothing of Keras' backend,
-but only torch's is tested.
+:func:`from_keras` and :func:`to_keras` copy: neither side sees later changes of the other. They ask nothing of Keras'
+backend, but only torch's is tested.
 
 Weak points:
 

@@ -124,13 +124,12 @@ class Use:
 
 
 def _uses(model: Any) -> Iterator[Use]:
-    names = {id(each.cell): each.name for each in model._flatten_layers() if isinstance(each, keras.layers.RNN)}
-    seen: set[int] = set()
-    for layer in model._flatten_layers():
+    every = model._flatten_layers()
+    of_cells = {id(each.cell): each.name for each in every if isinstance(each, keras.layers.RNN)}
+    for layer in every:
         own = _known_class(layer)
-        if id(layer) not in seen and (own or _wraps_convolution(layer)):
-            seen.add(id(layer))
-            yield Use(names.get(id(layer), layer.name), layer, _obstacle(layer, own))
+        if own or _wraps_convolution(layer):
+            yield Use(of_cells.get(id(layer), layer.name), layer, _obstacle(layer, own))
 
 
 def _known_class(layer: Any) -> Any:
@@ -198,7 +197,7 @@ class Acceleration:
     """A model on cuconv, while it is open; made by :func:`cuconv.interop.keras.accelerate`.
 
     Attributes:
-        accelerated: layers that cuconv computes, as of the last time it was opened; likewise
+        accelerated: layers that cuconv computes, as they were found when this was opened last.
         left: layers with a convolution that stay Keras', each with the reason.
     """
 

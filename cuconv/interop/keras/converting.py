@@ -107,7 +107,7 @@ def _weights(layer: Any) -> list[Any]:
     """The weights of a layer of Keras, with LoRA's factors merged into the kernel."""
     if not getattr(layer, "lora_enabled", False):
         return list(layer.weights)
-    return [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
+    return [each for each in (layer.kernel, layer.bias) if each is not None]
 
 
 def _without_lora(config: Any) -> Any:

@@ -13,7 +13,8 @@ torch's current stream. Memory is shared, results are allocated by torch. All re
 Weak points:
 
 * On a CPU this is mostly slower than torch itself, and uses the threads of NumPy's BLAS, not torch's.
-* A GPU needs CuPy beside torch: ``pip install "cuconv[cuda12x]"`` or ``[cuda13x]``.
+* A GPU needs CuPy beside torch: ``pip install "cuconv[cuda12x]"`` or ``[cuda13x]``. What is shown without one: kernels
+  in the emulator; stream, device and memory on a CuPy without CUDA.
 * An operator written in Python costs a tenth of a millisecond of the host's time, so small layers are slow, and every
   call rearranges its weights. torch.compile does not look into operators: activations are not fused with them.
 * A CUDA graph can capture a call only after it was made once: the first one compiles and uploads tables.

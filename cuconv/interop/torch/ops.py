@@ -360,9 +360,8 @@ def conv_transpose(
             dilation_rate=rates,
             groups=groups,
         )
-        y = _depthwise_conv_input_grad(
-            x, w.transpose(-1, -2), found.x_shape, steps, pads, data_format, rates, precision
-        )
+        turned = w.transpose(-1, -2).conj()  # which the gradient conjugates again
+        y = _depthwise_conv_input_grad(x, turned, found.x_shape, steps, pads, data_format, rates, precision)
         return y if bias is None else y + bias.reshape(-1, *(1,) * (0 if data_format == CHANNELS_LAST else rank))
     return _conv_transpose(x, w, bias, steps, pads, ends, data_format, rates, groups, precision)
 
