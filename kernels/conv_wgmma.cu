@@ -25,8 +25,8 @@
 //   of float [G, taps.., columns, C/G], packed   bias [F]   y [B, P.., F]
 //
 // Work split
-//   blockIdx.x   every gridDim.x-th tile; parts of K slowest, columns fastest, in bands, so that blocks share rows of x in the L2 cache.
-//                STATIONARY: all tiles of a block have the same columns
+//   blockIdx.x   every gridDim.x-th tile; parts of K slowest, columns fastest, in bands, so that blocks share rows of x in
+//                the L2 cache. STATIONARY: all tiles of a block have the same columns
 //   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
 //
 // Shared memory   two rings, swizzled within their rows: ws [w_stages][BN / 64, rounded up][BK][64], of float
@@ -45,8 +45,8 @@ constexpr int ROW_BYTES = BK * sizeof(E);
 static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "a row is what a swizzle spans");
 constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
 static_assert(CONSUMERS == 2 && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
-constexpr int TM = GM / 64;             // products of a warpgroup at one k
-constexpr int STEP = 32 / sizeof(E);    // values of k of a product
+constexpr int TM = GM / 64;               // products of a warpgroup at one k
+constexpr int STEP = 32 / sizeof(E);      // values of k of a product
 constexpr bool K_MAJOR = sizeof(E) == 4;  // rows of ws are columns of the product: TF32 has no transposed operand
 constexpr int SLICE = K_MAJOR ? BN : 64;  // columns that a copy brings
 constexpr int SLICES = ceil_div(BN, SLICE), SLICE_BYTES = SLICE * ROW_BYTES, W_BYTES = SLICES * SLICE_BYTES;
@@ -65,8 +65,8 @@ struct alignas(64) Map {
   unsigned char bytes[128];
 };
 struct WarpgroupParams {
-  Map x_map[1 + PHASE], w_map;  // axes: channels, those of the view, innermost first; columns, channels (of float the other
-                                // way round), taps
+  Map x_map[1 + PHASE], w_map;  // axes: channels, those of the view, innermost first; columns, channels, taps, of float
+                                // channels first
   const E* x;                   // read through their maps, as w
   const E* w;
   const E* bias;  // null: none
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
   }
   const int filled = p.pieces * p.piece_rows * (ROW_BYTES / 16), spare = p.stage_rows * (ROW_BYTES / 16) - filled;
   for (int at = thread; at < p.stages * spare; at += THREADS)  // vectors that no box fills
-    store(reinterpret_cast<uint4*>(memory + x_start + at / spare * x_bytes + (filled + at % spare) * 16), Vector<uint4, 1>{});
+    *reinterpret_cast<uint4*>(memory + x_start + at / spare * x_bytes + (filled + at % spare) * 16) = uint4{};
   ptx::fence_async();
   __syncthreads();
 
@@ -372,7 +372,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
 #pragma unroll
           for (int r = 0; r < 4; ++r)
             if (inside[r] && n < stored && result.exists(place[r], vector))
-              store(y + place[r].offset + vector.offset, read<Y_VECTOR>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * Y_VECTOR));
+              store(y + place[r].offset + vector.offset,
+                    read<Y_VECTOR>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * Y_VECTOR));
           __syncwarp();
         }
       }

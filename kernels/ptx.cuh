@@ -189,8 +189,9 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
 }
 
 // d += a b:  64 x 16 by 16 x N of 16-bit elements, 64 x 8 by 8 x N of TF32, in shared memory, which their descriptors tell
-// of. Rows of a lie along memory; so do rows of b, of TF32 its columns. A thread has sums 4j ..: row lane / 4 of its warp's 16 at columns 8j + lane % 4 * 2 and the
-// next, then row lane / 4 + 8 at the same.
+// of. Rows of a lie along memory, and so do rows of b, of TF32 its columns. Of floats the lower 13 bits are cut off. A
+// thread has sums 4j ..: row lane / 4 of its warp's 16 at columns 8j + lane % 4 * 2 and the next, then row lane / 4 + 8 at
+// the same.
 #define CUCONV_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CUCONV_SUMS_16(i) CUCONV_SUMS_4(i), CUCONV_SUMS_4(i + 4), CUCONV_SUMS_4(i + 8), CUCONV_SUMS_4(i + 12)
 #define CUCONV_SUMS_32 CUCONV_SUMS_16(0)
