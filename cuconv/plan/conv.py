@@ -413,12 +413,14 @@ def plan_conv_parts(
     if dtype != "float32" or precision != "high":
         return parts
     packed = _plan_packed(form, activation, aligned, workspace, limits)
-    other = parts or whole
-    if packed is None or packed.seconds > WARPGROUP_FACTOR * other.seconds:
+    if packed is None:
         return parts
-    reason = (parts.conv if parts else whole).reason
-    lost = f"{reason}: {other.seconds * 1e6:.1f} us predicted"
-    return dataclasses.replace(packed, conv=packed.conv.rejecting(lost))
+    other = parts or Parts(whole, None, 0)
+    best, lost = (packed, other) if packed.seconds <= WARPGROUP_FACTOR * other.seconds else (other, packed)
+    if best.conv is whole:
+        return None
+    word = f"{lost.conv.reason}: {lost.seconds * 1e6:.1f} us predicted"
+    return dataclasses.replace(best, conv=best.conv.rejecting(word))
 
 
 def _plan_packed(
