@@ -73,6 +73,7 @@ UNITS = {
     "DMMA.16x8x8": (2048, "dmma_rate"),
     # Of a warp's quarter of a product.
     **{f"HGMMA.64x{n}x16": (512 * n, "fp16_rate") for n in range(8, 257, 8)},
+    **{f"HGMMA.64x{n}x8": (256 * n, "tf32_rate") for n in range(8, 257, 8)},
 }
 MIX = 6  # opcodes told of a main loop
 

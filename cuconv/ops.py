@@ -21,7 +21,8 @@ Arguments that every convolution shares:
   added to the input of a convolution and cropped from the full product of a transposed one.
 * `activation`: None, a name of :mod:`cuconv.activations`, or a callable; applied after the bias.
 * `precision`: of float32 where a GPU's tensor cores compute. "highest": no less exact than the ordinary units; "high":
-  factors are rounded to TF32, 11 significant bits, with a relative error of 2^-11 at most.
+  factors are rounded to TF32, 11 significant bits, with a relative error of 2^-11 at most; what is so close to the
+  largest float that it would be rounded up from there may become infinite.
 * `out`: the array to fill, of the result's shape and dtype, any strides, overlapping no input.
 * `workspace`: bytes of scratch memory the call may use; None means 64 MiB. On a GPU, copies of arrays that are not in
   one piece and repacked kernels of transposed convolutions come on top.

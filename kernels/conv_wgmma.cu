@@ -8,7 +8,8 @@
 //
 // The rows of a tile are the positions of a box, `box` of them on each axis of a view of y; its columns are BN filters.
 // A step of its sum is one tap and BK channels, for which x is the same box elsewhere: the copy engine brings it, at any
-// stride, and zeros for what lies outside of x on any axis. 16-bit elements. UPSAMPLED as in conv_simt.cu.
+// stride, and zeros for what lies outside of x on any axis. UPSAMPLED and SPLIT as in conv_simt.cu. 16-bit elements; or
+// float, of which products see TF32: the copy engine rounds them (their maps say so), products ignore the other 13 bits.
 //
 // The view      its axes, outermost first
 //   reload      batch items, then the axes of y. Each step has a box of its own.
@@ -20,17 +21,18 @@
 //               which is the last axis. Taps are neighbours in a strand. The first `ragged` strands of x are longer than
 //               the others by one input, so each kind has a map of its own, and no box has both.
 //
-// Arrays, C-contiguous   x [B, L.., C]   w [R.., C/G, F], of UPSAMPLED [G, taps.., C/G, columns]   bias [F]   y [B, P.., F]
+// Arrays, C-contiguous   x [B, L.., C]   w [R.., C/G, F], of UPSAMPLED [G, taps.., C/G, columns]
+//   of float [G, taps.., columns, C/G], packed   bias [F]   y [B, P.., F]
 //
 // Work split
-//   blockIdx.x   every gridDim.x-th tile; columns fastest, in bands, so that blocks share rows of x in the L2 cache.
-//                STATIONARY: all tiles of a block have the same columns
+//   blockIdx.x   every gridDim.x-th tile; parts of K slowest, columns fastest, in bands, so that blocks share rows of x in
+//                the L2 cache. STATIONARY: all tiles of a block have the same columns
 //   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
 //
-// Shared memory   two rings: ws [w_stages][BN / 64, rounded up][BK][64]   xs [stages][stage_rows][BK], swizzled within
-//   their rows; STATIONARY: ws has a stage for each step, filled once. Then 16 rows of y for each warp that multiplies,
-//   and two barriers a stage: it is full, and it is empty again. Rows of xs that no box fills, for want of positions,
-//   stay zero.
+// Shared memory   two rings, swizzled within their rows: ws [w_stages][BN / 64, rounded up][BK][64], of float
+//   [w_stages][BN][BK]; xs [stages][stage_rows][BK]. STATIONARY: ws has a stage for each step, filled once. Then 16 rows
+//   of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again. Rows of xs that no
+//   box fills, for want of positions, stay zero.
 
 #include "conv.cuh"
 
@@ -39,17 +41,21 @@
 constexpr int AXES = RANK + 1 + PHASE;  // of the view
 static_assert(HALO <= RANK && (HALO || !PHASE), "strands are of the halo's axis");
 constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int ROW_BYTES = BK * sizeof(E), W_ROW_BYTES = 64 * sizeof(E);
+constexpr int ROW_BYTES = BK * sizeof(E);
 static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "a row is what a swizzle spans");
 constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
 static_assert(CONSUMERS == 2 && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
-constexpr int TM = GM / 64;                             // products of a warpgroup at one k
-constexpr int SLICE_BYTES = BK * W_ROW_BYTES;           // 64 columns of ws
-constexpr int SLICES = ceil_div(BN, 64);
+constexpr int TM = GM / 64;               // products of a warpgroup at one k
+constexpr int STEP = 32 / sizeof(E);      // values of k of a product
+constexpr bool K_MAJOR = sizeof(E) == 4;  // rows of ws are columns of the product: TF32 has no transposed operand
+constexpr int SLICE = K_MAJOR ? BN : 64;  // columns that a copy brings
+constexpr int SLICES = ceil_div(BN, SLICE), SLICE_BYTES = SLICE * ROW_BYTES, W_BYTES = SLICES * SLICE_BYTES;
 static_assert(GROUPS_N == 1 || GN % 64 == 0, "a slice belongs to one warpgroup");
-constexpr int W_BYTES = SLICES * SLICE_BYTES;
-constexpr int Y_PITCH = 64 + 8;                         // the padding spreads what a warp writes over the banks
-constexpr int Y_BYTES = CONSUMERS * 4 * 16 * Y_PITCH * sizeof(E);
+constexpr int W_K_BYTES = K_MAJOR ? sizeof(E) : 128;  // from one k to the next
+constexpr int W_COLUMN = K_MAJOR, W_CHANNEL = !K_MAJOR;  // axes of its map
+// A warp's 16 rows of y, 128 bytes each; the padding spreads what it writes over the banks.
+constexpr int Y_COLUMNS = 128 / sizeof(Y), Y_VECTOR = 16 / sizeof(Y), Y_PITCH = Y_COLUMNS + 8;
+constexpr int Y_BYTES = CONSUMERS * 4 * 16 * Y_PITCH * sizeof(Y);
 
 // Registers of a thread, of the 168 that all have at first.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
@@ -59,17 +65,19 @@ struct alignas(64) Map {
   unsigned char bytes[128];
 };
 struct WarpgroupParams {
-  Map x_map[1 + PHASE], w_map;  // axes: channels, those of the view, innermost first; columns, channels, taps
+  Map x_map[1 + PHASE], w_map;  // axes: channels, those of the view, innermost first; columns, channels, taps, of float
+                                // channels first
   const E* x;                   // read through their maps, as w
   const E* w;
   const E* bias;  // null: none
-  E* y;
+  Y* y;
   Index tiles, tiles_m, tiles_n, band;  // of a group in m and n; a band has so many of n
   Index groups, channels, columns;      // channels and columns of one group
   Index group_columns, group_taps;      // from one group's w to the next, on the axes of its map
   Index stages, w_stages, stage_rows;   // of the rings
   Index pieces, piece, piece_rows;      // x comes to a stage in pieces, each so many positions of the first axis
-  Index sets, loads;                    // of taps that share x; times that one of a class comes, with all channels
+  Index chunks, loads;                  // of channels; stages of x that one class of taps comes in
+  Index part_loads, part_tiles, total;  // of a part of K: stages of x, tiles; of y: elements
   Index halo_taps, tap_rows;
   Index batch, rows;                    // rows: positions of a box
   Index out[RANK];
@@ -83,11 +91,19 @@ struct WarpgroupParams {
 #endif
 };
 
-// A tile: its group, its first column, and where its box begins.
+// A tile: its group, its first column, and where its box begins; and of its part of K, which stages of x, from where on.
 struct Tile {
-  Index g, n0, at[AXES];
+  Index g, n0, at[AXES], part = 0, load = 0, loads;
 
   __device__ __forceinline__ Tile(const WarpgroupParams& p, Index tile) {
+    loads = p.part_loads;
+    if constexpr (SPLIT) {
+      part = tile / p.part_tiles;
+      tile %= p.part_tiles;
+      load = part * loads;
+      const Index left = p.taps[0] * p.loads - load;
+      if (left < loads) loads = left;
+    }
     if constexpr (STATIONARY) {
       const Index all = p.groups * p.tiles_n, column = tile % all;
       g = column / p.tiles_n;
@@ -167,7 +183,8 @@ struct Ring {
 constexpr unsigned long long SWIZZLE_128 = 1ull << 62, SWIZZLE_64 = 2ull << 62;
 constexpr unsigned long long X_SWIZZLE = ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64;
 constexpr unsigned long long X_LAYOUT = X_SWIZZLE | (8 * ROW_BYTES / 16ull) << 32 | 1ull << 16;
-constexpr unsigned long long W_LAYOUT = SWIZZLE_128 | (8 * W_ROW_BYTES / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
+constexpr unsigned long long W_LAYOUT =
+    K_MAJOR ? X_LAYOUT : SWIZZLE_128 | (8 * 128 / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
 
 __device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w, half_t) {
   ptx::multiply_tiles_half<GN>(acc, x, w);
@@ -176,41 +193,48 @@ __device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned lo
                                                bfloat_t) {
   ptx::multiply_tiles_bfloat<GN>(acc, x, w);
 }
+__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w, float) {
+  ptx::multiply_tiles_tf32<GN>(acc, x, w);
+}
 
 // Asks for the operands of a tile, each as soon as there is room for it.
 template <bool X, bool W>
 __device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& tile, Ring& xs, Ring& ws) {
-  Index tap[AXES] = {};
+  Index tap[AXES];
   int from[AXES + 1], w_from[3];
-  for (Index set = 0; set < p.sets; ++set) {
-    Index r = tile.g * p.group_taps;
+  split(tile.load / p.chunks, p.taps, tap);
+  w_from[W_CHANNEL] = tile.load % p.chunks * BK;
+  for (Index left = tile.loads; left > 0; --left) {
+    if constexpr (X) {
+      from[0] = tile.g * p.channels + w_from[W_CHANNEL];
 #pragma unroll
-    for (int a = 0; a < AXES; ++a) r += tap[a] * p.tap_pitch[a];
-    for (w_from[1] = 0; w_from[1] < p.channels; w_from[1] += BK) {
-      if constexpr (X) {
-        from[0] = tile.g * p.channels + w_from[1];
-#pragma unroll
-        for (int a = 0; a < AXES; ++a) from[AXES - a] = tile.at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
-        ptx::barrier_wait(xs.empty(), xs.parity ^ 1);
-        ptx::barrier_expect(xs.full(), p.pieces * p.piece_rows * ROW_BYTES);
+      for (int a = 0; a < AXES; ++a) from[AXES - a] = tile.at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
+      ptx::barrier_wait(xs.empty(), xs.parity ^ 1);
+      ptx::barrier_expect(xs.full(), p.pieces * p.piece_rows * ROW_BYTES);
 #pragma unroll 1
-        for (Index i = 0; i < p.pieces; ++i, from[AXES] += p.piece * p.stride[0])
-          ptx::load_box(xs.memory() + i * p.piece_rows * ROW_BYTES, &tile.x_map(p), xs.full(), from);
-        xs.next();
-      }
-      if constexpr (W)
-        for (Index t = tap[0]; t < p.halo_taps; t += p.taps[0]) {
-          w_from[2] = r + (t - tap[0]) * p.tap_pitch[0];
-          if constexpr (!STATIONARY) ptx::barrier_wait(ws.empty(), ws.parity ^ 1);
-          ptx::barrier_expect(ws.full(), W_BYTES);
-#pragma unroll
-          for (int j = 0; j < SLICES; ++j) {
-            w_from[0] = tile.g * p.group_columns + tile.n0 + j * 64;
-            ptx::load_box(ws.memory() + j * SLICE_BYTES, &p.w_map, ws.full(), w_from);
-          }
-          ws.next();
-        }
+      for (Index i = 0; i < p.pieces; ++i, from[AXES] += p.piece * p.stride[0])
+        ptx::load_box(xs.memory() + i * p.piece_rows * ROW_BYTES, &tile.x_map(p), xs.full(), from);
+      xs.next();
     }
+    if constexpr (W) {
+      Index r = tile.g * p.group_taps;
+#pragma unroll
+      for (int a = 0; a < AXES; ++a) r += tap[a] * p.tap_pitch[a];
+      for (Index t = tap[0]; t < p.halo_taps; t += p.taps[0]) {
+        w_from[2] = r + (t - tap[0]) * p.tap_pitch[0];
+        if constexpr (!STATIONARY) ptx::barrier_wait(ws.empty(), ws.parity ^ 1);
+        ptx::barrier_expect(ws.full(), W_BYTES);
+#pragma unroll
+        for (int j = 0; j < SLICES; ++j) {
+          w_from[W_COLUMN] = tile.g * p.group_columns + tile.n0 + j * SLICE;
+          ptx::load_box(ws.memory() + j * SLICE_BYTES, &p.w_map, ws.full(), w_from);
+        }
+        ws.next();
+      }
+    }
+    w_from[W_CHANNEL] += BK;
+    if (w_from[W_CHANNEL] < p.channels) continue;
+    w_from[W_CHANNEL] = 0;
 #pragma unroll
     for (int a = AXES - 1; a >= 0; --a) {
       if (++tap[a] < p.taps[a]) break;
@@ -220,8 +244,8 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& ti
 }
 
 // The sums of one tile.
-__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& xs, Ring& ws, int row,
-                                         int column) {
+__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, const Tile& tile, Ring& xs,
+                                         Ring& ws, int row, int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
@@ -233,19 +257,21 @@ __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Warpgro
     if (lane == 0 && x_before) ptx::barrier_arrive(x_before);
     if (lane == 0 && w_before) ptx::barrier_arrive(w_before);
   };
-  for (Index first = 0; first < (HALO ? p.taps[0] : 1); ++first)
-    for (Index load = 0; load < p.loads; ++load) {
+  Index first = 0, load = tile.load;  // of the taps that share x; a stage of x of this class
+  if constexpr (HALO > 0 && SPLIT) first = load / p.loads, load %= p.loads;
+  for (Index left = tile.loads; left > 0; ++first, load = 0)
+    for (; left > 0 && (!HALO || load < p.loads); ++load, --left) {
       unsigned long long x = X_LAYOUT | (xs.memory() + row * ROW_BYTES) >> 4;
       ptx::barrier_wait(xs.full(), xs.parity);
       for (Index tap = first; tap < (HALO ? p.halo_taps : 1); tap += HALO ? p.taps[0] : 1) {
-        const unsigned long long w = W_LAYOUT | (ws.memory() + column / 64 * SLICE_BYTES) >> 4;
+        const unsigned long long w = W_LAYOUT | (ws.memory() + column * ROW_BYTES) >> 4;
         ptx::barrier_wait(ws.full(), ws.parity);
         ptx::products_fence();
 #pragma unroll
-        for (int k = 0; k < BK; k += 16)
+        for (int k = 0; k < BK; k += STEP)
 #pragma unroll
           for (int i = 0; i < TM; ++i)
-            multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_ROW_BYTES / 16, E{});
+            multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_K_BYTES / 16, E{});
         ptx::products_commit();
         ptx::products_wait<1>(acc);
         give_back();
@@ -278,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
   }
   const int filled = p.pieces * p.piece_rows * (ROW_BYTES / 16), spare = p.stage_rows * (ROW_BYTES / 16) - filled;
   for (int at = thread; at < p.stages * spare; at += THREADS)  // vectors that no box fills
-    store(reinterpret_cast<E*>(memory + x_start + at / spare * x_bytes + (filled + at % spare) * 16), Vector<E, 8>{});
+    *reinterpret_cast<uint4*>(memory + x_start + at / spare * x_bytes + (filled + at % spare) * 16) = uint4{};
   ptx::fence_async();
   __syncthreads();
 
@@ -296,16 +322,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
     const int group = __shfl_sync(~0u, thread / GROUP, 0);  // the same for a warp, as the compiler can tell now
     const int warp = thread / 32, lane = thread % 32;
     const int row = group / GROUPS_N * GM, column = group % GROUPS_N * GN;  // of the tile: this warpgroup's first ones
-    E* const ys = reinterpret_cast<E*>(memory + y_start) + warp * 16 * Y_PITCH;
+    Y* const ys = reinterpret_cast<Y*>(memory + y_start) + warp * 16 * Y_PITCH;
     for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
       const Tile tile(p, number);
       float acc[TM][GN / 2];
 
       // 2. Multiply-accumulate.
-      multiply(acc, p, xs, ws, row, column);
+      multiply(acc, p, tile, xs, ws, row, column);
 
-      // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 64 columns into whole vectors.
+      // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 128 bytes into whole vectors.
       const ResultOf result(p, tile.g);
+      Y* const y = p.y + tile.part * p.total;
 #pragma unroll
       for (int i = 0; i < TM; ++i) {
         Place place[4];  // of the rows that this lane stores
@@ -317,10 +344,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
           place[r] = result.place(item, at);
         }
 #pragma unroll
-        for (int q = 0; q < GN; q += 64) {
+        for (int q = 0; q < GN; q += Y_COLUMNS) {
           const Index n0 = tile.n0 + column + q;
 #pragma unroll
-          for (int j = 0; j < smaller(64, GN - q); j += 8) {
+          for (int j = 0; j < smaller(Y_COLUMNS, GN - q); j += 8) {
             float bias[2] = {};
             const Index n = n0 + j + lane % 4 * 2;
             if (p.bias && n < p.columns) {
@@ -330,21 +357,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              Vector<E, 2> two;
+              Vector<Y, 2> two;
 #pragma unroll
               for (int e = 0; e < 2; ++e)
-                two.at[e] = finish<ACTIVATION, E>(acc[i][(q + j) / 2 + half * 2 + e] + bias[e]);
+                two.at[e] = finish<ACTIVATION, Y>(acc[i][(q + j) / 2 + half * 2 + e] + bias[e]);
               store(ys + (lane / 4 + half * 8) * Y_PITCH + j + lane % 4 * 2, two);
             }
           }
           __syncwarp();
-          const Index n = n0 + lane % 8 * 8, stored = GN - q < 64 && n0 + GN - q < p.columns ? n0 + GN - q : p.columns;
+          const Index n = n0 + lane % 8 * Y_VECTOR;
+          const Index stored = GN - q < Y_COLUMNS && n0 + GN - q < p.columns ? n0 + GN - q : p.columns;
           Index f;
           const Place vector = result.column(n, f);
 #pragma unroll
           for (int r = 0; r < 4; ++r)
             if (inside[r] && n < stored && result.exists(place[r], vector))
-              store(p.y + place[r].offset + vector.offset, read<8>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * 8));
+              store(y + place[r].offset + vector.offset,
+                    read<Y_VECTOR>(ys + (r * 4 + lane / 8) * Y_PITCH + lane % 8 * Y_VECTOR));
           __syncwarp();
         }
       }

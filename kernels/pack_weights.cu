@@ -3,20 +3,24 @@
 //   packed[g, (a.., f), (rho.., c)] = w[r.., c, g*F/G + f],   r = first + rho + (taps - 1 - a) * step  on every axis,
 //   zero where r is no tap of w. Taps are reversed: what scatters becomes what gathers.
 //
-// Twin   cuconv/reference/transpose.py::_subpixel      Plan  cuconv/plan/transpose.py      Test  tests/test_conv_kernels.py
+// Or with what is summed along memory, as products of TF32 need it: FILTERS_LAST, packed[g, a.., (rho.., c), f]; and of a
+// convolution as it is packed[g, r.., f, c], which is the first form with steps of -1.
 //
-// Arrays, C-contiguous   w [kernel.., C/G, F]   packed [G, taps.., F/G, phases.., C/G]
+// Twin   cuconv/reference/transpose.py::_subpixel      Plan  cuconv/plan/pack.py
+// Test   tests/test_conv_kernels.py, tests/test_conv_wgmma.py
+//
+// Arrays, C-contiguous   w [kernel.., C/G, F]   packed [G, taps.., F/G, phases.., C/G], or [G, taps.., phases.., C/G, F/G]
 //
 // Work split
 //   blockIdx.x   group, tap, phase, tile of 32 filters, tile of 32 channels; channels fastest
-//   one thread   4 elements: a warp reads 32 filters of one channel and writes 32 channels of one filter
+//   one thread   4 elements: a warp reads 32 filters of one channel and writes 32 channels of one filter, or the filters
 //
 // Shared memory   tile [32][33], which is the transposition; the 33rd column keeps it free of bank conflicts for
 //                 elements of 4 bytes.
 
 #include "common.cuh"
 
-// Set by the plan: ELEMENT INDEX RANK
+// Set by the plan: ELEMENT INDEX RANK FILTERS_LAST
 using E = ELEMENT;
 using Index = INDEX;
 
@@ -75,10 +79,14 @@ extern "C" __global__ void __launch_bounds__(TILE * ROWS, 1) pack_weights(const 
     tile[i][lane] = load_or_zero<1>(p.w + (r * p.channels + c) * p.groups * p.filters + g * p.filters + f, inside).at[0];
   }
   __syncthreads();
-  E* const packed = p.packed + ((g * scale + number) * p.filters * phases + phase) * p.channels;
+  E* const packed = p.packed + (g * scale + number) * p.filters * phases * p.channels;
 #pragma unroll
   for (int i = row; i < TILE; i += ROWS) {
-    const Index f = f0 + i, c = c0 + lane;
-    if (f < p.filters && c < p.channels) packed[f * phases * p.channels + c] = tile[lane][i];
+    const Index f = f0 + (FILTERS_LAST ? lane : i), c = c0 + (FILTERS_LAST ? i : lane);
+    if (f >= p.filters || c >= p.channels) continue;
+    if constexpr (FILTERS_LAST)
+      packed[(phase * p.channels + c) * p.filters + f] = tile[i][lane];
+    else
+      packed[(f * phases + phase) * p.channels + c] = tile[lane][i];
   }
 }

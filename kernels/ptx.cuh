@@ -188,9 +188,10 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
     for (int j = 0; j < SUMS; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
 }
 
-// d += a b:  64 x 16 by 16 x N of 16-bit elements in shared memory, which their descriptors tell of. Rows of a lie along
-// memory, with A_ACROSS its columns, and rows of b do. A thread has sums 4j ..: row lane / 4 of its warp's 16 at columns
-// 8j + lane % 4 * 2 and the next, then row lane / 4 + 8 at the same.
+// d += a b:  64 x 16 by 16 x N of 16-bit elements, 64 x 8 by 8 x N of TF32, in shared memory, which their descriptors tell
+// of. Rows of a lie along memory, with A_ACROSS its columns, and rows of b do, of TF32 its columns. Of floats the lower 13
+// bits are cut off. A thread has sums 4j ..: row lane / 4 of its warp's 16 at columns 8j + lane % 4 * 2 and the next, then
+// row lane / 4 + 8 at the same.
 #define CUCONV_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CUCONV_SUMS_16(i) CUCONV_SUMS_4(i), CUCONV_SUMS_4(i + 4), CUCONV_SUMS_4(i + 8), CUCONV_SUMS_4(i + 12)
 #define CUCONV_SUMS_32 CUCONV_SUMS_16(0)
@@ -214,34 +215,46 @@ __device__ __forceinline__ void products_wait(float (&d)[ROWS][SUMS]) {
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define CUCONV_SUMS_256 CUCONV_SUMS_192, CUCONV_SUMS_16(96), CUCONV_SUMS_16(112)
-#define CUCONV_MULTIPLY_TILES_OF(COLUMNS, TYPE, A, B, C)                                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" CUCONV_NAMES_##COLUMNS      \
-               "}, %" #A ", %" #B ", 1, 1, 1, %" #C ", 1;"                                                            \
+#define CUCONV_MULTIPLY_TILES_OF(COLUMNS, TYPE, A, B, DEPTH, ORDERS)                                                  \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS DEPTH ".f32." TYPE "." TYPE " {" CUCONV_NAMES_##COLUMNS   \
+               "}, %" #A ", %" #B ", 1, 1, 1" ORDERS ";"                                                              \
                : CUCONV_SUMS_##COLUMNS                                                                                \
-               : "l"(a), "l"(b), "n"(int(A_ACROSS)))
-#define CUCONV_MULTIPLY_TILES(TYPE)                                                                                   \
+               : "l"(a), "l"(b))
+#define CUCONV_MULTIPLY_TILES(TYPE, DEPTH, ORDERS)                                                                    \
   static_assert(N % 32 == 0 && N <= 256 && N != 224, "a product of a warpgroup has no such number of columns here");  \
   if constexpr (N == 32)                                                                                              \
-    CUCONV_MULTIPLY_TILES_OF(32, TYPE, 16, 17, 18);                                                                   \
+    CUCONV_MULTIPLY_TILES_OF(32, TYPE, 16, 17, DEPTH, ORDERS);                                                        \
   else if constexpr (N == 64)                                                                                         \
-    CUCONV_MULTIPLY_TILES_OF(64, TYPE, 32, 33, 34);                                                                   \
+    CUCONV_MULTIPLY_TILES_OF(64, TYPE, 32, 33, DEPTH, ORDERS);                                                        \
   else if constexpr (N == 96)                                                                                         \
-    CUCONV_MULTIPLY_TILES_OF(96, TYPE, 48, 49, 50);                                                                   \
+    CUCONV_MULTIPLY_TILES_OF(96, TYPE, 48, 49, DEPTH, ORDERS);                                                        \
   else if constexpr (N == 128)                                                                                        \
-    CUCONV_MULTIPLY_TILES_OF(128, TYPE, 64, 65, 66);                                                                  \
+    CUCONV_MULTIPLY_TILES_OF(128, TYPE, 64, 65, DEPTH, ORDERS);                                                       \
   else if constexpr (N == 160)                                                                                        \
-    CUCONV_MULTIPLY_TILES_OF(160, TYPE, 80, 81, 82);                                                                  \
+    CUCONV_MULTIPLY_TILES_OF(160, TYPE, 80, 81, DEPTH, ORDERS);                                                       \
   else if constexpr (N == 192)                                                                                        \
-    CUCONV_MULTIPLY_TILES_OF(192, TYPE, 96, 97, 98);                                                                  \
+    CUCONV_MULTIPLY_TILES_OF(192, TYPE, 96, 97, DEPTH, ORDERS);                                                       \
   else                                                                                                                \
-    CUCONV_MULTIPLY_TILES_OF(256, TYPE, 128, 129, 130)
+    CUCONV_MULTIPLY_TILES_OF(256, TYPE, 128, 129, DEPTH, ORDERS)
 template <int N, bool A_ACROSS = false>
 __device__ __forceinline__ void multiply_tiles_half(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
-  CUCONV_MULTIPLY_TILES("f16");
+  if constexpr (A_ACROSS) {
+    CUCONV_MULTIPLY_TILES("f16", "k16", ", 1, 1");
+  } else {
+    CUCONV_MULTIPLY_TILES("f16", "k16", ", 0, 1");
+  }
 }
 template <int N, bool A_ACROSS = false>
 __device__ __forceinline__ void multiply_tiles_bfloat(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
-  CUCONV_MULTIPLY_TILES("bf16");
+  if constexpr (A_ACROSS) {
+    CUCONV_MULTIPLY_TILES("bf16", "k16", ", 1, 1");
+  } else {
+    CUCONV_MULTIPLY_TILES("bf16", "k16", ", 0, 1");
+  }
+}
+template <int N>
+__device__ __forceinline__ void multiply_tiles_tf32(float (&d)[N / 2], unsigned long long a, unsigned long long b) {
+  CUCONV_MULTIPLY_TILES("tf32", "k8", "");
 }
 
 }  // namespace ptx

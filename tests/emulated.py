@@ -52,7 +52,7 @@ def encoded(given: TensorMap, address: int) -> bytes:
     """A tensor map, from the same numbers that a driver would get."""
     numbers = (given.sizes, given.strides, given.box, given.steps)
     swizzle = runtime.MAP_SWIZZLES[given.swizzle]
-    return encode(address, runtime.MAP_TYPES[given.dtype], *numbers, swizzle=swizzle)
+    return encode(address, runtime.MAP_TYPES[given.kind], *numbers, swizzle=swizzle)
 
 
 class EmulatedRuntime:

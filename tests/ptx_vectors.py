@@ -137,7 +137,7 @@ extern "C" __global__ void apply(const __grid_constant__ Map three, const __grid
 """
 
 # One item a block, d = c + 2 a b, and again with the first N columns for every other N. Rows have 128 bytes, so columns
-# of b lie in four pieces of 64; the 16-byte chunks of a row change places.
+# of b lie in four pieces of 64; the 16-byte chunks of a row change places. Of TF32, columns of b are rows in memory.
 PRODUCT_OF_A_WARPGROUP = """
 __device__ unsigned place(int row, int chunk) {{ return row * 8 + (chunk ^ row % 8); }}
 template <int N>
@@ -157,17 +157,17 @@ __device__ void product(float (*d)[256], unsigned long long a, unsigned long lon
     d[thread / 32 * 16 + lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] += sums[1][j];
 }}
 extern "C" __global__ void __launch_bounds__(128, 1)
-    apply(const uint4 (*a)[64][2], const uint4 (*b)[16][32], const float (*c)[64][256], float (*d)[64][256], int) {{
-  __shared__ alignas(1024) uint4 left[64 * 8], right[4][16 * 8];
+    apply(const uint4 (*a)[64][2], const uint4 (*b){b}, const float (*c)[64][256], float (*d)[64][256], int) {{
+  __shared__ alignas(1024) uint4 left[64 * 8], right{right};
   const int item = blockIdx.x, thread = threadIdx.x;
   left[place(thread / 2, thread % 2)] = a[item][thread / 2][thread % 2];
-  for (int i = thread; i < 16 * 32; i += 128) right[i % 32 / 8][place(i / 32, i % 8)] = b[item][i / 32][i % 32];
+  for (int i = thread; i < 512; i += 128) {fill};
   for (int i = thread; i < 64 * 256; i += 128) d[item][i / 256][i % 256] = c[item][i / 256][i % 256];
   ptx::fence_async();
   __syncthreads();
   constexpr unsigned long long layout = 1ull << 62 | 1024ull / 16 << 32;
   const unsigned long long from_a = layout | ptx::shared_address(left) >> 4;
-  const unsigned long long from_b = layout | sizeof right[0] / 16 << 16 | ptx::shared_address(right) >> 4;
+  const unsigned long long from_b = layout | {pitch} << 16 | ptx::shared_address(right) >> 4;
   product<256>(d[item], from_a, from_b);
   product<192>(d[item], from_a, from_b);
   product<160>(d[item], from_a, from_b);
@@ -177,6 +177,19 @@ extern "C" __global__ void __launch_bounds__(128, 1)
   product<32>(d[item], from_a, from_b);
 }}
 """
+
+OF_16_BITS = {
+    "b": "[16][32]",
+    "right": "[4][16 * 8]",
+    "fill": "right[i % 32 / 8][place(i / 32, i % 8)] = b[item][i / 32][i % 32]",
+    "pitch": "sizeof right[0] / 16",
+}
+OF_TF32 = {
+    "b": "[256][2]",
+    "right": "[256 * 8]",
+    "fill": "right[place(i / 2, i % 2)] = b[item][i / 2][i % 2]",
+    "pitch": "1ull",
+}
 
 # One element a thread, after two warpgroups have taken what the third has given.
 REGISTERS = """
@@ -351,20 +364,21 @@ def boxes(x: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def product_of_a_warpgroup(name: str, dtype) -> Wrapper:
-    """A function that multiplies 64 x 16 by 16 x N elements, small integers: sums are exact."""
+    """A function that multiplies 64 x 16 by 16 x N elements, of TF32 half as many: small integers, sums are exact."""
+    tf32 = dtype == np.float32
 
     def values() -> tuple[np.ndarray, ...]:
         random = np.random.default_rng(5)
-        shapes = ((1, 64, 16), (1, 16, 256), (1, 64, 256))
+        shapes = ((1, 64, 8), (1, 256, 8), (1, 64, 256)) if tf32 else ((1, 64, 16), (1, 16, 256), (1, 64, 256))
         return tuple(random.integers(-5, 6, shape).astype(kind) for shape, kind in zip(shapes, (dtype, dtype, "f4")))
 
     def define(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        sums = a.astype(np.float64) @ b.astype(np.float64)
+        sums = a.astype(np.float64) @ (b.swapaxes(1, 2) if tf32 else b).astype(np.float64)
         times = 2 * np.repeat(np.arange(7.0, 0, -1), (32, 32, 32, 32, 32, 32, 64))
         return (c + times * sums).astype(np.float32)
 
     besides = ("products_fence", "products_commit", "products_wait") if dtype == np.float16 else ()
-    text = PRODUCT_OF_A_WARPGROUP.format(name=name)
+    text = PRODUCT_OF_A_WARPGROUP.format(name=name, **(OF_TF32 if tf32 else OF_16_BITS))
     return Wrapper(text, values, define, threads=128, items=1, arch="sm_90a", besides=besides)
 
 
@@ -419,6 +433,7 @@ WRAPPERS = {
     ),
     "multiply_tiles_half": product_of_a_warpgroup("multiply_tiles_half", np.float16),
     "multiply_tiles_bfloat": product_of_a_warpgroup("multiply_tiles_bfloat", ml_dtypes.bfloat16),
+    "multiply_tiles_tf32": product_of_a_warpgroup("multiply_tiles_tf32", np.float32),
 }
 
 

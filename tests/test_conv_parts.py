@@ -15,7 +15,7 @@ from cuconv.plan import conv as conv_plans
 from cuconv.plan.conv import plan_conv, plan_conv_parts
 from cuconv.plan.devices import DEVICES
 from cuconv.plan.transpose import plan_transpose
-from cuconv.plan.types import ELEMENTS
+from cuconv.plan.types import ELEMENTS, PlanError
 
 emulated = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -24,8 +24,9 @@ WORKSPACE = 64 << 20
 
 @contextmanager
 def parts(*most):
-    """K is split into as many parts as there are steps, at most `most`, whatever that takes."""
+    """K is split into as many parts as there are steps, at most `most`, whatever that takes, by kernels of warps."""
     with (
+        mock.patch.object(conv_plans, "plan_wgmma", side_effect=PlanError("warps alone")),
         mock.patch.object(conv_plans, "PARTS", most),
         mock.patch.object(conv_plans, "_gains", return_value=True),
         mock.patch.object(conv_plans, "_is_better", return_value=True),

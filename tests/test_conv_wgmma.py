@@ -68,7 +68,7 @@ def only(tile, bk=64, mode=RELOAD, axis=None, stays=False):
 
 
 def forget_plans():
-    for function in (planning.plan_conv, transpose.plan_transpose, wgmma.plan_wgmma):
+    for function in (planning.plan_conv, planning.plan_conv_parts, transpose.plan_transpose, wgmma.plan_wgmma):
         function.cache_clear()
 
 
@@ -552,23 +552,25 @@ PLANTS = {
     "padding forgotten": (" - p.pad[a];", ";", sequence, {WRONG}),
     "the tap before": ("r += tap[a] * p.tap_pitch[a];", "r += 0;", sequence, {WRONG}),
     "channels of the step before": (
-        "from[0] = tile.g * p.channels + w_from[1];", "from[0] = tile.g * p.channels;",
+        "from[0] = tile.g * p.channels + w_from[W_CHANNEL];", "from[0] = tile.g * p.channels;",
         sequence, {WRONG}),
     "channels of the first group": ("from[0] = tile.g * p.channels", "from[0] = 0", two_groups, {WRONG}),
-    "filters of the first group": ("w_from[0] = tile.g * p.group_columns", "w_from[0] = 0", two_groups, {WRONG}),
+    "filters of the first group": ("= tile.g * p.group_columns", "= 0", two_groups, {WRONG}),
     "filters of the next group": ("n0 + GN - q : p.columns;", "n0 + GN - q : p.columns + 8;", two_groups, {"race"}),
-    "columns that no warpgroup has": ("GN - q < 64 && ", "false && ", bands, {"race"}),
+    "columns that no warpgroup has": ("GN - q < Y_COLUMNS && ", "false && ", bands, {"race"}),
     "items behind the last": (" && b < p.batch", "", few_positions, {"bounds"}),
     "positions behind the last": ("inside = inside && within(to[a], p.out[a]);", "", sequence, {"race"}),
     "rows 8 too far apart": (
         "X_SWIZZLE | (8 * ROW_BYTES", "X_SWIZZLE | (16 * ROW_BYTES",
         sequence, {"uninitialised"}),
     "columns too close": ("(SLICE_BYTES / 16ull) << 16", "(SLICE_BYTES / 32ull) << 16", bands, {WRONG}),
-    "the k of the step before": ("w + k * W_ROW_BYTES / 16", "w + k / 2 * W_ROW_BYTES / 16", sequence, {WRONG}),
+    "the k of the step before": ("w + k * W_K_BYTES / 16", "w + k / 2 * W_K_BYTES / 16", sequence, {WRONG}),
     "y before it is there": (
         "          __syncwarp();\n          const Index n", "          const Index n",
         sequence, {"race"}),
-    "y over what is still read": ("lane % 8 * 8));\n          __syncwarp();", "lane % 8 * 8));", bands, {"race"}),
+    "y over what is still read": (
+        "lane % 8 * Y_VECTOR));\n          __syncwarp();", "lane % 8 * Y_VECTOR));",
+        bands, {"race"}),
     "halves of a product exchanged": (
         "acc[i][(q + j) / 2 + half * 2 + e]", "acc[i][(q + j) / 2 + e * 2 + half]",
         sequence, {WRONG}),
@@ -651,11 +653,12 @@ def integers_of(plan):
 
     names = (
         "tiles tiles_m tiles_n band groups channels columns group_columns group_taps stages w_stages stage_rows "
-        "pieces piece piece_rows sets loads halo_taps tap_rows batch rows"
+        "pieces piece piece_rows chunks loads part_loads part_tiles total halo_taps tap_rows batch rows"
     ).split()
     found = dict(zip(names, take(len(names))))
     found["out"] = take(rank)
     found |= {each: take(axes) for each in "box boxes taps tap_pitch stride dilation pad".split()}
+    found["sets"] = prod(found["taps"])
     if constants["PHASE"]:
         found |= dict(zip("strands offset ragged ragged_boxes".split(), take(4)))
     assert not left or constants["UPSAMPLED"]

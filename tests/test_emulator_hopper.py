@@ -146,6 +146,24 @@ def test_boxes(dtype, sizes, box, steps, start, swizzle, skipped, mode, seed):
     assert not y[0].any() and not y[-1].any()
 
 
+def test_a_box_of_tf32_is_rounded_on_its_way():
+    """To nearest, ties to even, up into the exponent; infinities and NaN stay. What is stored is not rounded."""
+    one = 0x3F800000
+    bits = {
+        one: one, one + 0xFFF: one, one + 0x1000: one, one + 0x1001: one + 0x2000, one + 0x3000: one + 0x4000,
+        one + 0x7FFFFF: 0x40000000, 0x80000FFF: 0x80000000, 0x00001001: 0x00002000, 0x7F7FEFFF: 0x7F7FE000,
+        0x7F7FFFFF: 0x7F800000, 0x7F800000: 0x7F800000, 0xFF800000: 0xFF800000, 0x7F801234: 0x7F801234,
+    }  # fmt: skip
+    values = np.resize(np.array([*bits], np.uint32), 256)
+    expected = np.array([bits[each] for each in values.tolist()], np.uint32)
+    x, y, out = values.view(np.float32).reshape(8, 32), np.zeros((8, 32), np.float32), np.zeros(256, np.float32)
+    starts = [np.zeros(5, np.int32).view("V20")[0]] * 2
+    for kind, loaded in ((11, expected), (7, values)):
+        given, back = (map_of(each, kind, (32, 8), (128,), (32, 8)) for each in (x, y))
+        sample("boxes").launch("boxes2", (1,), (64,), (given, back, out, *starts, np.int32(0), np.int32(1024)), 1024)
+        assert np.array_equal(out.view(np.uint32), loaded) and np.array_equal(y.view(np.uint32).reshape(-1), loaded)
+
+
 def launch_box(x=None, given=None, to=None, **options):
     """A box of 8 rows of 32 numbers there and back, with whatever maps."""
     x = np.ones((8, 32), np.float32) if x is None else x

@@ -240,9 +240,10 @@ CALLS = {
 
 
 def precisions(plans) -> list[int]:
-    """PRECISION of every product of matrices; 32 stands for one on the ordinary units."""
-    kernels = ("conv_simt", "conv_mma", "conv_narrow", "kernel_grad_simt", "kernel_grad_mma")
-    return [dict(plan.constants).get("PRECISION", 32) for plan in plans if plan.kernel in kernels]
+    """PRECISION of every product of matrices; 32 stands for one on the ordinary units. conv_wgmma has TF32 alone."""
+    kernels = ("conv_simt", "conv_mma", "conv_narrow", "conv_wgmma", "kernel_grad_simt", "kernel_grad_mma")
+    found = [(plan.kernel, dict(plan.constants)) for plan in plans if plan.kernel in kernels]
+    return [1 if kernel == "conv_wgmma" else constants.get("PRECISION", 32) for kernel, constants in found]
 
 
 def test_every_operation_is_listed():

@@ -109,6 +109,7 @@ def test_the_notes_show_main_loops_of_three_architectures():
         (["DMMA.884"] + ["LDS"] * 31, "A100", 0.5),
         # 49,152 operations of 3779 / 4 a cycle: the data sheet has the rate of tensor cores at a lower clock.
         (["HGMMA.64x96x16.F32.BF16"] + ["R2UR"] * 103, "H200", 0.5),
+        (["HGMMA.64x96x8.F32.TF32"] + ["R2UR"] * 103, "H200", 0.5),
         # Units work beside each other: the busiest counts.
         (["HMMA.16816.F32"] + ["FFMA"] * 15, "A100", 1.0),
         (["LDG"], "H200", 0.0),

@@ -23,7 +23,8 @@ def conv(
 ) -> None:
     """Write ``activation(conv(x, w) + bias)`` to `out`; arguments as :func:`cuconv.reference.conv.conv`.
 
-    The same bits on every call: whether K is split depends on the shape, the device and `workspace` only.
+    The same bits on every call: whether K is split, and weights are packed, depends on the shape, the device and
+    `workspace` only.
     """
     if out.size == 0:
         return
@@ -33,6 +34,13 @@ def conv(
         parts = plan_conv_parts(shape, dtype, name, aligned, workspace, runtime.limits, precision)
         if parts is None:
             runtime.launch(plan_conv(shape, dtype, name, aligned, runtime.limits, precision), (x, w, bias, y))
+            return
+        if parts.pack is not None:
+            packed = runtime.empty((parts.packed,), dtype)
+            runtime.launch(parts.pack, (w, packed))
+            w = packed
+        if parts.reduce is None:
+            runtime.launch(parts.conv, (x, w, bias, y))
         else:
             partial = runtime.empty((parts.partial,), ELEMENTS[dtype].sum_dtype)
             runtime.launch(parts.conv, (x, w, None, partial))

@@ -517,7 +517,7 @@ class CudaRuntime:
 
 REMEMBERED_MAPS = 256  # addresses of an array in a plan; of others the driver makes a map anew, in two microseconds
 # As cuTensorMapEncodeTiled has them.
-MAP_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
+MAP_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9, "tf32": 11}
 MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _NO_INTERLEAVE, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 0
 
@@ -540,7 +540,7 @@ def tensor_map(given: TensorMap, address: int) -> bytes:
     skipped = -ctypes.addressof(room) % MAP_ALIGNMENT
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(room) + skipped),
-        ctypes.c_int(MAP_TYPES[given.dtype]),
+        ctypes.c_int(MAP_TYPES[given.kind]),
         ctypes.c_uint32(rank),
         ctypes.c_void_p(address),
         many(*given.sizes),

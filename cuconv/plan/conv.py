@@ -16,6 +16,7 @@ from cuconv.plan.halo import plan_halo
 from cuconv.plan.kernel_grad_mma import plan_on_tensor_cores
 from cuconv.plan.kernel_grad_wgmma import plan_on_warpgroups
 from cuconv.plan.narrow import plan_narrow
+from cuconv.plan.pack import in_order, plan_pack
 from cuconv.plan.reduce import plan_conv_reduce, plan_reduce
 from cuconv.plan.simt import BK, CHOICE_FACTOR, Operands, Product, Tile, choose_tile
 from cuconv.plan.taps import plan_taps
@@ -30,7 +31,7 @@ from cuconv.plan.types import (
     index_bytes,
     vector,
 )
-from cuconv.plan.wgmma import plan_wgmma
+from cuconv.plan.wgmma import parts_of, plan_wgmma, tiles_of
 from cuconv.plan.wgmma_first import plan_wgmma_first
 
 # conv_narrow.cu or conv_taps.cu is taken unless another kernel, which reads inputs once a tap, is predicted to be this
@@ -151,8 +152,10 @@ def plan_form(
 ) -> LaunchPlan:
     """The launch for `form`, of conv_simt.cu or of another kernel that computes it; arguments as :func:`plan_conv`."""
     plan = plan_by_warps(form, dtype, activation, aligned, limits, precision)
-    by_warpgroups = plan_wgmma if form.shape.data_format == CHANNELS_LAST else plan_wgmma_first
-    return _faster(plan, WARPGROUP_FACTOR, by_warpgroups, form, dtype, activation, aligned, limits)
+    problem = form, dtype, activation, aligned, limits
+    if form.shape.data_format == CHANNELS_LAST:
+        return _faster(plan, WARPGROUP_FACTOR, plan_wgmma, *problem, precision)
+    return _faster(plan, WARPGROUP_FACTOR, plan_wgmma_first, *problem)
 
 
 def plan_by_warps(
@@ -381,16 +384,23 @@ def _with_reduction(
 
 @dataclass(frozen=True)
 class Parts:
-    """A convolution whose K is split: `conv` makes `partial` sums in all, `reduce` adds them up and ends it."""
+    """A convolution in several launches.
+
+    Attributes:
+        pack: of weights, `packed` elements, which `conv` takes; None: it takes those that there are.
+        reduce: where K is split, adds up the `partial` sums that `conv` makes, and ends it.
+    """
 
     conv: LaunchPlan
-    reduce: LaunchPlan
+    reduce: LaunchPlan | None
     partial: int
+    pack: LaunchPlan | None = None
+    packed: int = 0
 
     @property
     def seconds(self) -> float:
-        """Predicted for both launches."""
-        return total((self.conv.cost, self.reduce.cost)).seconds
+        """Predicted for all launches."""
+        return total(each.cost for each in (self.pack, self.conv, self.reduce) if each is not None).seconds
 
 
 @functools.lru_cache(maxsize=4096)
@@ -403,20 +413,44 @@ def plan_conv_parts(
     limits: DeviceLimits,
     precision: str = "highest",
 ) -> Parts | None:
-    """The plan of a convolution in parts of K, or None where :func:`plan_conv` is predicted to be as fast.
+    """The plan of a convolution in several launches, or None where :func:`plan_conv` is predicted to be as fast.
 
     Args:
-        workspace: bytes that partial sums may take; the others as :func:`plan_conv`.
+        workspace: bytes that partial sums and packed weights may take; the others as :func:`plan_conv`.
     """
-    return plan_parts(
-        form_of(_whole_windows(shape)),
-        dtype,
-        activation,
-        aligned,
-        workspace,
-        plan_conv(shape, dtype, activation, aligned, limits, precision),
-        limits,
-        precision,
+    form = form_of(_whole_windows(shape))
+    whole = plan_conv(shape, dtype, activation, aligned, limits, precision)
+    parts = plan_parts(form, dtype, activation, aligned, workspace, whole, limits, precision)
+    if dtype != "float32" or precision != "high":
+        return parts
+    packed = _plan_packed(form, activation, aligned, workspace, limits)
+    if packed is None:
+        return parts
+    other = parts or Parts(whole, None, 0)
+    best, lost = (packed, other) if packed.seconds <= WARPGROUP_FACTOR * other.seconds else (other, packed)
+    if best.conv is whole:
+        return None
+    word = f"{lost.conv.reason}: {lost.seconds * 1e6:.1f} us predicted"
+    return dataclasses.replace(best, conv=best.conv.rejecting(word))
+
+
+def _plan_packed(
+    form: Form, activation: str, aligned: tuple[int, ...], workspace: int, limits: DeviceLimits
+) -> Parts | None:
+    """The launches of a float32 convolution by products of TF32 that need packed weights; None: there are none."""
+    shape, packed = form.shape, form.depth * form.columns * form.shape.groups
+    room = workspace - packed * ELEMENTS["float32"].bytes
+    if room < 0:
+        return None
+    form = dataclasses.replace(form, w_pitch=form.columns, w_group=form.depth * form.columns)
+    problem = ("float32", activation, (aligned[0], 0, aligned[2]))
+    try:
+        conv = plan_wgmma(form, *problem, limits, "high")
+    except PlanError:  # which plan_conv tells
+        return None
+    split = plan_parts(form, *problem, room, conv, limits, "high", by_warps=False)
+    return dataclasses.replace(
+        split or Parts(conv, None, 0), pack=plan_pack(shape, in_order(shape), "float32", limits), packed=packed
     )
 
 
@@ -429,29 +463,41 @@ def plan_parts(
     whole: LaunchPlan,
     limits: DeviceLimits,
     precision: str = "highest",
+    by_warps: bool = True,
 ) -> Parts | None:
     """The launches of `form` in parts of K; None where `whole`, the launch without, is predicted to be as fast.
 
-    Only launches of few blocks are cut: a part costs sums as large as y, and a launch more.
+    Only launches of few blocks are cut: a part costs sums as large as y, and a launch more. Without `by_warps`, those
+    of conv_wgmma.cu alone.
     """
-    if math.prod(whole.grid) >= FEW_BLOCKS * limits.multiprocessors:
+    if tiles_of(whole) >= FEW_BLOCKS * limits.multiprocessors:
         return None
     element, shape = ELEMENTS[dtype], form.shape
     (places, filters), count = form.results, form.count
     inner = 1 if shape.data_format == CHANNELS_LAST else places
     best = None
+    planners: dict[Callable[..., LaunchPlan], float] = {plan_by_warps: math.inf} if by_warps else {}
+    planners[plan_wgmma] = math.inf
     for most in PARTS:
         if most * count * element.sum_bytes > workspace:
             break
-        conv = plan_by_warps(form, dtype, "linear", aligned, limits, precision, most)
-        # The grid is what all kernels of parts have: tiles (integers 3 and 4), groups, parts.
-        splits = conv.grid[0] // (conv.integers[3] * conv.integers[4] * shape.groups)
-        if splits == 1:
-            continue
-        reduce = plan_conv_reduce(dtype, activation, splits, count, inner, filters, aligned[2], limits)
-        parts = Parts(conv, reduce, splits * count)
-        if best is None or parts.seconds * CHOICE_FACTOR < best.seconds:
-            best = parts
+        for plan_one, fastest in list(planners.items()):
+            try:
+                conv = plan_one(form, dtype, "linear", aligned, limits, precision, most)
+            except PlanError:  # which the launch in one part tells
+                del planners[plan_one]
+                continue
+            splits = parts_of(conv, shape.groups)
+            if splits == 1:
+                continue
+            reduce = plan_conv_reduce(dtype, activation, splits, count, inner, filters, aligned[2], limits)
+            parts = Parts(conv, reduce, splits * count)
+            if best is None or parts.seconds * CHOICE_FACTOR < best.seconds:
+                best = parts
+            if parts.seconds > CHOICE_FACTOR * fastest:  # more of them take longer still
+                del planners[plan_one]
+            else:
+                planners[plan_one] = min(fastest, parts.seconds)
     if best is None or not _gains(best, whole):
         return None
     return dataclasses.replace(best, conv=best.conv.rejecting(f"{whole.prediction} in one part"))

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 from cuconv.geometry import ConvShape
 from cuconv.plan.conv import Form, plan_form, plan_parts
-from cuconv.plan.cost import slowest, total
-from cuconv.plan.types import ELEMENTS, Cost, DeviceLimits, LaunchPlan, index_bytes
-
-TILE, ROWS = 32, 8  # of pack_weights.cu
+from cuconv.plan.cost import total
+from cuconv.plan.pack import Taps, plan_pack
+from cuconv.plan.types import Cost, DeviceLimits, LaunchPlan
+from cuconv.plan.wgmma import sums_along_memory
 
 
 @dataclass(frozen=True)
@@ -194,47 +194,12 @@ def _part(
     form = Form(part, columns, depth, columns, depth * columns, span, products, upsampled)
     aligned = (aligned[0], 0, aligned[2])
     conv = plan_form(form, dtype, activation, aligned, limits, precision)
-    pack = _plan_pack(shape, phases, dtype, limits) if taps else None
+    if not taps:
+        return Part(None, conv), 0, 0
+    split = plan_parts(form, dtype, activation, aligned, workspace, conv, limits, precision)
+    axes = [Taps(phase.taps, phase.phases, phase.first, phase.step) for phase in phases]
+    pack = plan_pack(shape, axes, dtype, limits, sums_along_memory(split.conv if split else conv))
     packed = depth * columns * shape.groups
-    split = plan_parts(form, dtype, activation, aligned, workspace, conv, limits, precision) if taps else None
     if split is None:
         return Part(pack, conv), packed, 0
     return Part(pack, split.conv, split.reduce), packed, split.partial
-
-
-def _plan_pack(shape: ConvShape, phases: tuple[Phase, ...], dtype: str, limits: DeviceLimits) -> LaunchPlan:
-    element = ELEMENTS[dtype]
-    channels, filters = shape.in_channels // shape.groups, shape.filters // shape.groups
-    tiles_c, tiles_f = -(-channels // TILE), -(-filters // TILE)
-    matrices = math.prod(phase.taps * phase.phases for phase in phases) * shape.groups
-    size = math.prod(shape.w_shape)
-    packed = matrices * channels * filters
-    width = index_bytes(2 * size, 2 * packed)
-    moved = (size + packed) * element.bytes
-    return LaunchPlan(
-        kernel="pack_weights",
-        constants=(
-            ("ELEMENT", element.c_type),
-            ("INDEX", "int" if width == 4 else "long long"),
-            ("RANK", shape.rank),
-        ),
-        integers=(
-            shape.groups,
-            channels,
-            filters,
-            tiles_c,
-            tiles_f,
-            *shape.kernel_size,
-            *(phase.taps for phase in phases),
-            *(phase.phases for phase in phases),
-            *(phase.first for phase in phases),
-            *(phase.step for phase in phases),
-        ),
-        grid=(tiles_c * tiles_f * matrices, 1, 1),
-        block=(TILE * ROWS, 1, 1),
-        index_bytes=width,
-        shared_bytes=TILE * (TILE + 1) * element.bytes,
-        registers=32,
-        reason=f"{matrices} transposed matrices of {channels} x {filters}",
-        cost=slowest(0, 0, moved, moved, {"memory": moved / limits.bandwidth}),
-    )

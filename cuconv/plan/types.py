@@ -157,6 +157,7 @@ class TensorMap:
         box: elements that a box spans of each axis.
         steps: of which it takes one in so many; 1 on the innermost axis.
         swizzle: bytes of a row in shared memory within which pieces of 16 bytes change places; 0: none do.
+        rounds: float32 becomes the nearest TF32 on its way.
     """
 
     array: int
@@ -166,6 +167,12 @@ class TensorMap:
     box: tuple[int, ...]
     steps: tuple[int, ...]
     swizzle: int = 128
+    rounds: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the driver takes the elements for."""
+        return "tf32" if self.rounds else self.dtype
 
     @property
     def box_bytes(self) -> int:

@@ -11,6 +11,9 @@ fewer than the tile has rows is multiplied in vain. The modes differ in what is 
 * ``phase`` -- the same in strands of positions `dilation` apart, whose taps are neighbours;
 * ``weight-stationary``, with each of them -- a block's tiles all have the same columns, whose weights stay.
 
+float32 is for whoever takes TF32: the copy engine rounds it, and products need weights whose sum runs along memory,
+which are packed. With few tiles, K is cut into parts, whose sums are added up by another launch.
+
 Bytes are what copies fetch, not the zeros that they write for what lies outside of an array. The model takes as long
 as the slower of
 
@@ -39,6 +42,7 @@ from cuconv.plan.types import (
     MAP_BOX,
     MAP_RANK,
     MAP_STEP,
+    VECTOR_BYTES,
     Cost,
     DeviceLimits,
     Element,
@@ -65,12 +69,12 @@ TILES: tuple[tuple[int, int, int, int], ...] = (
     (256, 32, 128, 32),
     (128, 64, 64, 64),
 )
-STEPS = (64, 32)  # channels of a step; the second where fewer are zeros then
+STEPS = (64, 32)  # channels of a step, of 16 bits, else as many bytes; the second where fewer are zeros then
 SLICE, SLICE_BYTES = 64, 128  # columns that a row of w has in shared memory, and what they take
 THREADS = 384  # two warpgroups that multiply, one that asks for copies
 REGISTERS = 168  # of a thread at first
 MOST_STAGES = 6
-RESULT_BYTES = 8 * 16 * (64 + 8) * 2  # of y in shared memory, as in conv_wgmma.cu
+RESULT_ROWS, RESULT_BYTES, RESULT_PADDING = 8 * 16, 128, 8  # of y in shared memory; the last in elements
 BARRIER_BYTES = 2 * 8  # of a stage
 
 RATE_SHARE = 0.8  # of the tensor cores' rate, that large products reach
@@ -263,16 +267,27 @@ def _balanced(count: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...], limits: DeviceLimits) -> LaunchPlan:
+def plan_wgmma(
+    form: Form,
+    dtype: str,
+    activation: str,
+    aligned: tuple[int, ...],
+    limits: DeviceLimits,
+    precision: str = "highest",
+    most: int = 1,
+) -> LaunchPlan:
     """The launch of conv_wgmma.cu for `form`; arguments as :func:`cuconv.plan.conv.plan_form`.
+
+    With `most` above one, K is cut into as many parts at most, as :func:`cuconv.plan.conv.plan_by_warps` does.
 
     Raises:
         PlanError: it does not compute this, or not on this device.
     """
     element = ELEMENTS[dtype]
-    require(form, element, aligned, limits)
+    require(form, element, aligned, limits, precision)
     channels = form.shape.in_channels // form.shape.groups
-    steps = [bk for bk in STEPS if bk == STEPS[0] or -channels % bk < -channels % STEPS[0]]
+    widest, *narrower = _steps(element)
+    steps = [widest, *(bk for bk in narrower if -channels % bk < -channels % widest)]
     found: list[_Candidate] = []
     lost: list[str] = []
     if form.shape.rank + 3 > MAP_RANK and max(form.shape.dilation_rate) > 1:
@@ -285,15 +300,15 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
             continue
         if view.mode == "reload":
             # What a driver refuses is the same in every view and for all boxes, which keep to its limits.
-            for map_ in _maps(form, dtype, view, boxes[0][0], steps[0]):
+            for map_ in _maps(form, dtype, view, boxes[0][0], SLICE, widest):
                 if problem := map_.problem():
                     raise PlanError(f"warpgroups: no tensor map, {problem}")
         fastest = [math.inf, math.inf]  # with weights that are streamed, and that stay
         for bk, (box, sizes) in itertools.product(steps, boxes):
-            found += _candidates(form, limits, view, box, (*sizes, bk), fastest)
+            found += _candidates(form, element, limits, view, box, (*sizes, bk), most, fastest)
         if math.isinf(fastest[False]):
             lost.append(f"{view}: no tile has two stages in the shared memory of {limits.name}")
-        elif math.isinf(fastest[True]):
+        elif math.isinf(fastest[True]) and most == 1:
             lost.append(f"{view}, weight-stationary: they do not fit, or no block has two tiles of the same columns")
     if not found:
         raise PlanError("; ".join(lost))
@@ -312,7 +327,30 @@ def plan_wgmma(form: Form, dtype: str, activation: str, aligned: tuple[int, ...]
     return _launch(form, dtype, activation, limits, best, (*others, *lost))
 
 
-def require(form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
+def _steps(element: Element) -> tuple[int, ...]:
+    """Channels of a step."""
+    return tuple(2 * bk // element.bytes for bk in STEPS)
+
+
+def sums_along_memory(plan: LaunchPlan) -> bool:
+    """Whether a launch takes weights [G, taps.., columns, channels], not [G, taps.., channels, columns]."""
+    return plan.kernel == "conv_wgmma" and dict(plan.constants)["ELEMENT"] == ELEMENTS["float32"].c_type
+
+
+def tiles_of(plan: LaunchPlan) -> int:
+    """Of a convolution by any kernel, in all parts of K."""
+    return plan.integers[0] if plan.kernel == "conv_wgmma" else math.prod(plan.grid)
+
+
+def parts_of(plan: LaunchPlan, groups: int) -> int:
+    """Into how many parts a launch cuts K: its tiles, over tiles in m and n of all groups."""
+    tiles_m, tiles_n = plan.integers[1:3] if plan.kernel == "conv_wgmma" else plan.integers[3:5]
+    return tiles_of(plan) // (tiles_m * tiles_n * groups)
+
+
+def require(
+    form: Form, element: Element, aligned: tuple[int, ...], limits: DeviceLimits, precision: str = "highest"
+) -> None:
     """Refuses what the kernel does not compute, or not here.
 
     Raises:
@@ -322,17 +360,19 @@ def require(form: Form, element: Element, aligned: tuple[int, ...], limits: Devi
     channels, filters = shape.in_channels // shape.groups, _filters(form)
     if limits.capability != ONLY:
         raise PlanError(f"warpgroups: wgmma is of compute capability 9.0 alone, {limits.name} is {limits.arch}")
-    if element.bytes != 2:
-        raise PlanError(f"warpgroups: only 16-bit elements, not {element.dtype}")
+    tf32 = element.dtype == "float32" and precision == "high"
+    if element.bytes != 2 and not tf32:
+        raise PlanError(f"warpgroups: only 16-bit elements, and float32 as TF32, not {element.dtype}")
     if shape.data_format != CHANNELS_LAST:
         raise PlanError("warpgroups: only channels_last")
-    if channels % 8 or filters % 8:
-        raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of 8")
+    unit = VECTOR_BYTES // element.bytes
+    if channels % unit or filters % unit:
+        raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of {unit}")
     if not form.products:
         raise PlanError("warpgroups: there are no products")
-    if shape.groups > 1 and channels % STEPS[-1]:
+    if shape.groups > 1 and channels % _steps(element)[-1]:
         raise PlanError(
-            f"warpgroups: {STEPS[-1]} channels are copied at once, and a group of {channels} is no multiple"
+            f"warpgroups: {_steps(element)[-1]} channels are copied at once, and a group of {channels} is no multiple"
         )
     if any(aligned):
         raise PlanError("warpgroups: an array does not begin on a 16-byte boundary")
@@ -340,6 +380,8 @@ def require(form: Form, element: Element, aligned: tuple[int, ...], limits: Devi
         raise PlanError(f"warpgroups: the copy engine takes strides up to {MAP_STEP}, not {shape.strides}")
     if _furthest(shape) > INT32_MAX:
         raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
+    if tf32 and form.w_group == form.columns:
+        raise PlanError("warpgroups: products of TF32 need packed weights, which take a launch of their own")
 
 
 def _filters(form: Form) -> int:
@@ -361,6 +403,7 @@ class _Candidate:
     Attributes:
         stays: the weights do.
         stages, w_stages, stage_rows: as in the kernel.
+        parts: of K; `part_loads`: stages of x in each but the last.
         blocks: of the grid.
     """
 
@@ -371,6 +414,8 @@ class _Candidate:
     stages: int
     w_stages: int
     stage_rows: int
+    parts: int
+    part_loads: int
     blocks: int
     cost: Cost
 
@@ -382,18 +427,21 @@ class _Candidate:
     def __str__(self) -> str:
         bm, bn, *_, bk = self.tile
         stages = f"{self.stages} and {'all' if self.stays else self.w_stages} stages"
-        return f"{self.mode}, tile {bm}x{bn}x{bk}, {stages}: {self.cost.bytes} bytes to shared memory"
+        parts = f", {self.parts} parts of k" if self.parts > 1 else ""
+        return f"{self.mode}, tile {bm}x{bn}x{bk}, {stages}{parts}: {self.cost.bytes} bytes to shared memory"
 
 
 def _candidates(
     form: Form,
+    element: Element,
     limits: DeviceLimits,
     view: View,
     box: Box,
     tile: tuple[int, int, int, int, int],
+    most: int,
     fastest: list[float],
 ) -> Iterator[_Candidate]:
-    """Those of a box and a tile: with weights that are streamed, and with weights that stay.
+    """Those of a box and a tile: with weights that are streamed, and unless K is cut with weights that stay.
 
     Only those that fit, and that may be faster than `fastest` of their kind, which is kept.
     """
@@ -404,29 +452,34 @@ def _candidates(
         return
     chunks, columns = -(-channels // bk), -(-form.columns // bn) * shape.groups
     steps, loads, tiles = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks, box.tiles * columns
+    part_loads = -(-loads // most)
+    parts = -(-loads // part_loads)
+    done, steps = 2 * bm * bn * bk * steps * tiles, -(-steps * part_loads // loads)
+    tiles *= parts
     processors = limits.multiprocessors
     of_columns = min(box.tiles, max(1, processors // columns))  # blocks, if weights stay
-    all_of_w = steps * (_slices(bn) * bk + BARRIER_BYTES)
+    all_of_w = steps * (_w_bytes(element, bn, bk) + BARRIER_BYTES)
     for stays in (False, True):
-        if stays and (of_columns == box.tiles or all_of_w > limits.shared_bytes):
+        if stays and (of_columns == box.tiles or most > 1 or all_of_w > limits.shared_bytes):
             continue
         blocks = columns * of_columns if stays else min(tiles, processors)
         rounds = -(-box.tiles // of_columns) * -(-blocks // processors) if stays else -(-tiles // processors)
-        if _busy(limits, tile, rounds, steps, 0) > CHOICE_FACTOR * fastest[stays]:
+        if _busy(element, limits, tile, rounds, steps, 0) > CHOICE_FACTOR * fastest[stays]:
             continue
         pieces, _, piece_rows = _pieces(view, box)
         stage_rows = max(bm + view.beyond * box.across, pieces * piece_rows)
-        stages, w_stages = _stages(limits, view, tile, stage_rows, steps if stays else 0)
+        stages, w_stages = _stages(element, limits, view, tile, stage_rows, steps if stays else 0, most)
         if stages < 2:
             continue
-        work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
-        copied = loads * pieces * piece_rows * bk * 2 + (blocks / tiles if stays else 1) * steps * _slices(bn) * bk
+        of_w = (blocks / tiles if stays else 1) * steps * _w_bytes(element, bn, bk)
+        copied = part_loads * pieces * piece_rows * bk * element.bytes + of_w
         # Of w, a block whose weights stay reads what one tile does.
-        moved = 2 * channels * columns * _inputs(view, box)
-        moved += _weights(form, bn) * (of_columns if stays else box.tiles)
-        cost = _cost(form, limits, tile, rounds, steps, copied, work, moved)
+        moved = element.bytes * channels * columns * _inputs(view, box)
+        moved += _weights(form, element, bn) * (of_columns if stays else box.tiles)
+        work = done, 2 * form.products
+        cost = _cost(form, element, limits, tile, (rounds, steps, parts), copied, work, moved)
         fastest[stays] = min(fastest[stays], cost.seconds)
-        yield _Candidate(view, box, tile, stays, stages, w_stages, stage_rows, blocks, cost)
+        yield _Candidate(view, box, tile, stays, stages, w_stages, stage_rows, parts, part_loads, blocks, cost)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -463,25 +516,41 @@ def _overlap(end: int, boxes: int, size: int, span: int) -> int:
     return whole * span + (begun - whole) * end - size * (whole + begun - 1) * (begun - whole) // 2
 
 
-def _weights(form: Form, bn: int) -> int:
+def _weights(form: Form, element: Element, bn: int) -> int:
     """Bytes of w that tiles of all columns and groups read once."""
-    groups, tiles, wide = form.shape.groups, -(-form.columns // bn), -(-bn // SLICE) * SLICE
+    groups, tiles, wide = form.shape.groups, -(-form.columns // bn), _w_columns(element, bn)
     starts = range(0, form.w_pitch, form.columns) if form.w_group == form.columns else [0] * groups
-    return 2 * form.depth * sum(_overlap(form.w_pitch - start, tiles, bn, wide) for start in starts)
+    return element.bytes * form.depth * sum(_overlap(form.w_pitch - start, tiles, bn, wide) for start in starts)
 
 
-def _slices(bn: int) -> int:
-    """Bytes of a row of w in shared memory."""
-    return -(-bn // SLICE) * SLICE_BYTES
+def _w_columns(element: Element, bn: int) -> int:
+    """Columns of w in a stage: whole slices, but of TF32, whose columns are rows there."""
+    return bn if element.bytes == 4 else -(-bn // SLICE) * SLICE
+
+
+def _w_bytes(element: Element, bn: int, bk: int) -> int:
+    """Of w in a stage."""
+    return _w_columns(element, bn) * bk * element.bytes
+
+
+def _result_bytes(element: Element, most: int) -> int:
+    """Of results in shared memory; parts of K have those of sums."""
+    return RESULT_ROWS * (RESULT_BYTES + RESULT_PADDING * (element.bytes if most == 1 else element.sum_bytes))
 
 
 def _stages(
-    limits: DeviceLimits, view: View, tile: tuple[int, int, int, int, int], stage_rows: int, all_of_w: int
+    element: Element,
+    limits: DeviceLimits,
+    view: View,
+    tile: tuple[int, int, int, int, int],
+    stage_rows: int,
+    all_of_w: int,
+    most_parts: int,
 ) -> tuple[int, int]:
     """Stages of x and of w that fit shared memory, of w `all_of_w` if that is not 0."""
     _, bn, _, _, bk = tile
-    room = limits.shared_bytes - RESULT_BYTES
-    x, w = stage_rows * bk * 2 + BARRIER_BYTES, _slices(bn) * bk + BARRIER_BYTES
+    room = limits.shared_bytes - _result_bytes(element, most_parts)
+    x, w = stage_rows * bk * element.bytes + BARRIER_BYTES, _w_bytes(element, bn, bk) + BARRIER_BYTES
     if all_of_w:
         return min(MOST_STAGES, (room - all_of_w * w) // x), all_of_w
     # Those that hold the most steps ahead, where a stage of x serves some.
@@ -511,14 +580,16 @@ def _launch(
     view, box, (bm, bn, gm, gn, bk) = chosen.view, chosen.box, chosen.tile
     channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
     tiles_n = -(-columns // bn)
-    tiles = box.tiles * tiles_n * shape.groups
+    part_tiles = box.tiles * tiles_n * shape.groups
+    tiles = part_tiles * chosen.parts
     # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
     band = min(tiles_n, max(1, math.isqrt(limits.multiprocessors * bm // bn)))
-    steps = taps * -(-channels // bk)
+    chunks = -(-channels // bk)
     furthest = (view.counts[0] + MAP_BOX) * max(1, view.strands)
-    width = index_bytes(2 * form.count, tiles + chosen.blocks, steps, furthest)
-    stages_bytes = chosen.stages * chosen.stage_rows * bk * 2 + chosen.w_stages * _slices(bn) * bk
-    shared_bytes = stages_bytes + (chosen.stages + chosen.w_stages) * BARRIER_BYTES + RESULT_BYTES
+    width = index_bytes(max(2, chosen.parts) * form.count, tiles + chosen.blocks, taps * chunks, furthest)
+    stages_bytes = chosen.stages * chosen.stage_rows * bk * element.bytes
+    stages_bytes += chosen.w_stages * _w_bytes(element, bn, bk) + (chosen.stages + chosen.w_stages) * BARRIER_BYTES
+    shared_bytes = stages_bytes + _result_bytes(element, chosen.parts)
     boxes = view.boxes(box.sizes)
     strands: tuple[int, ...] = ()
     if view.strands:
@@ -532,8 +603,8 @@ def _launch(
             ("RANK", shape.rank),
             ("CHANNELS_FIRST", 0),
             ("UPSAMPLED", int(bool(form.upsampled))),
-            ("SPLIT", 0),
-            ("ACTIVATION", ACTIVATION_CODES[activation]),
+            ("SPLIT", int(chosen.parts > 1)),
+            ("ACTIVATION", ACTIVATION_CODES[activation] if chosen.parts == 1 else 0),
             ("BM", bm),
             ("BN", bn),
             ("BK", bk),
@@ -549,7 +620,8 @@ def _launch(
             *((columns, 0) if form.w_group == columns else (0, taps)),
             *(chosen.stages, chosen.w_stages, chosen.stage_rows),
             *_pieces(view, box),
-            *(math.prod(view.taps), math.prod(view.taps[1:]) * -(-channels // bk)),
+            *(chunks, math.prod(view.taps[1:]) * chunks),
+            *(chosen.part_loads, part_tiles, form.count),
             *(view.shared, view.spread * box.across),
             *(shape.batch, box.rows),
             *shape.out_size,
@@ -575,11 +647,11 @@ def _launch(
         ),
         rejected=rejected,
         cost=chosen.cost,
-        maps=_maps(form, dtype, view, box, bk),
+        maps=_maps(form, dtype, view, box, bn, bk),
     )
 
 
-def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[TensorMap, ...]:
+def _maps(form: Form, dtype: str, view: View, box: Box, bn: int, bk: int) -> tuple[TensorMap, ...]:
     """Of boxes of `bk` channels at what the positions of `box` read, one for each kind of strands, and of weights.
 
     Strides stand in the order of the view and need not grow from axis to axis. The manual asks for multiples of 16
@@ -603,17 +675,34 @@ def _maps(form: Form, dtype: str, view: View, box: Box, bk: int) -> tuple[Tensor
     spans = (bk, *reversed((_pieces(view, box)[1], *box.sizes[1:])))
     extents = tuple(span * step for span, step in zip(spans, steps, strict=True))
     maps = [
-        TensorMap(0, dtype, (shape.in_channels, *reversed(sizes)), strides, extents, steps, bk * element_bytes)
+        TensorMap(
+            0,
+            dtype,
+            (shape.in_channels, *reversed(sizes)),
+            strides,
+            extents,
+            steps,
+            bk * element_bytes,
+            rounds=element_bytes == 4,
+        )
         for sizes in kinds
     ]
-    return *maps, _map_of_w(form, dtype, bk)
+    return *maps, _map_of_w(form, dtype, bn, bk)
 
 
-def _map_of_w(form: Form, dtype: str, bk: int) -> TensorMap:
-    """Of boxes of 64 columns and `bk` channels of one tap; groups lie side by side, or behind each other."""
-    shape = form.shape
+def _map_of_w(form: Form, dtype: str, bn: int, bk: int) -> TensorMap:
+    """Of boxes of 64 columns and `bk` channels of one tap; groups lie side by side, or behind each other.
+
+    Of TF32 a box has all `bn` columns, channels are innermost, and groups behind each other.
+    """
+    shape, element_bytes = form.shape, ELEMENTS[dtype].bytes
     channels, taps = shape.in_channels // shape.groups, math.prod(shape.kernel_size)
-    row = form.w_pitch * ELEMENTS[dtype].bytes
+    if element_bytes == 4:
+        row, sizes = channels * element_bytes, (channels, form.columns, taps * shape.groups)
+        return TensorMap(
+            1, dtype, sizes, (row, row * form.columns), (bk, bn, 1), (1, 1, 1), bk * element_bytes, rounds=True
+        )
+    row = form.w_pitch * element_bytes
     sizes = (form.w_pitch, channels, taps if form.w_group == form.columns else taps * shape.groups)
     return TensorMap(1, dtype, sizes, (row, row * channels), (SLICE, bk, 1), (1, 1, 1), SLICE_BYTES)
 
@@ -630,39 +719,56 @@ def _furthest(shape: ConvShape) -> int:
 
 def _cost(
     form: Form,
+    element: Element,
     limits: DeviceLimits,
     tile: tuple[int, int, int, int, int],
-    rounds: int,
-    steps: int,
+    counts: tuple[int, int, int],
     copied: float,
     work: tuple[int, int],
     moved: int,
 ) -> Cost:
-    """The model above; `copied`: bytes a tile, with zeros; `work`: operations done and needed."""
+    """The model above.
+
+    Args:
+        counts: rounds of tiles, steps of a tile, parts of K.
+        copied: bytes a tile, with zeros.
+        work: operations done and needed.
+        moved: bytes from the L2 cache.
+    """
     bm, bn, gm, gn, bk = tile
+    rounds, steps, parts = counts
     # A product of 64 rows reads them, and all columns of the warpgroup.
-    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * bk * 2
+    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * bk * element.bytes
     shared = (read + copied / steps) / SHARED_BYTES_A_CYCLE / limits.clock
     shape = form.shape
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
-    least_bytes = (x_size + form.depth * form.columns * shape.groups + form.count) * 2
-    unit = "tensor cores" if _product(limits, tile) >= shared else "shared memory"
+    inputs = shape.batch * math.prod(shape.in_size) * shape.in_channels + form.depth * form.columns * shape.groups
+    results = form.count * (element.bytes if parts == 1 else parts * element.sum_bytes)
+    least_bytes = inputs * element.bytes + results
+    unit = "tensor cores" if _product(element, limits, tile) >= shared else "shared memory"
     times = {
-        unit: _busy(limits, tile, rounds, steps, shared),
+        unit: _busy(element, limits, tile, rounds, steps, shared),
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
         "memory": least_bytes / limits.bandwidth,
     }
     return slowest(*work, moved, least_bytes, times)
 
 
-def _product(limits: DeviceLimits, tile: tuple[int, int, int, int, int]) -> float:
+def _product(element: Element, limits: DeviceLimits, tile: tuple[int, int, int, int, int]) -> float:
     """Seconds of the tensor cores for a step."""
     bm, bn, _, _, bk = tile
-    return 2 * bm * bn * bk / (limits.fp16_rate * RATE_SHARE / limits.multiprocessors)
+    rate = limits.tf32_rate if element.bytes == 4 else limits.fp16_rate
+    return 2 * bm * bn * bk / (rate * RATE_SHARE / limits.multiprocessors)
 
 
-def _busy(limits: DeviceLimits, tile: tuple[int, int, int, int, int], rounds: int, steps: int, shared: float) -> float:
+def _busy(
+    element: Element,
+    limits: DeviceLimits,
+    tile: tuple[int, int, int, int, int],
+    rounds: int,
+    steps: int,
+    shared: float,
+) -> float:
     """Seconds of the busiest multiprocessor, whose shared memory takes `shared` of them for a step."""
     bm, bn, *_ = tile
-    step = max(_product(limits, tile), shared, LEAST_CYCLES / limits.clock)
+    step = max(_product(element, limits, tile), shared, LEAST_CYCLES / limits.clock)
     return (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / limits.clock

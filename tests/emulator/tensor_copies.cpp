@@ -27,7 +27,17 @@ static_assert(sizeof(TensorMap) == 128);
 constexpr char MAGIC[9] = "cuconv\0\1";
 
 constexpr u8 ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // by CUtensorMapDataType
+constexpr u8 TFLOAT32 = 11;
 constexpr u32 PIECE = 16;
+
+// A float as the nearest TF32, ties to even, on its way to shared memory; infinities and NaN stay as they are.
+static void round_to_tf32(u8* at) {
+  u32 bits;
+  std::memcpy(&bits, at, sizeof bits);
+  if ((bits >> 23 & 0xff) == 0xff) return;
+  bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
+  std::memcpy(at, &bits, sizeof bits);
+}
 
 struct Line {
   u64 global;         // what of it is in bounds ...
@@ -42,6 +52,7 @@ struct BulkCopy {
   u32 shared, row_bytes, swizzle;
   std::vector<Line> rows;   // one each, `bytes` 0 where it is outside
   u8 fill;
+  bool rounds;              // floats, to TF32
   std::vector<u8> read;     // what a store has read
   bool has_read, done, waited_for;
 
@@ -61,6 +72,7 @@ struct BulkCopy {
       for (u32 at = 0; at < row_bytes; at += PIECE) {
         u8* to = memory_of(shared) + place(r * row_bytes + at) % WINDOW;
         for (u32 i = 0; i < PIECE; i++) to[i] = at + i - line.begin < line.bytes ? from[at + i - line.begin] : fill;
+        for (u32 i = 0; rounds && i < PIECE; i += 4) round_to_tf32(to + i);
       }
     }
   }
@@ -182,7 +194,7 @@ static void start_store(Thread& self, const BulkCopy& copy) {
 
 // The copy of a box, without the sides' checks; no rows: reported.
 static BulkCopy box_of(Thread& self, int site, bool loads, u64 map, const s32* start, u32 rank, u64 shared) {
-  BulkCopy copy{&self, site, loads, 0, canonical(self, shared), 0, 0, {}, 0, {}, false, false, false};
+  BulkCopy copy{&self, site, loads, 0, canonical(self, shared), 0, 0, {}, 0, false, {}, false, false, false};
   TensorMap m;
   const bool parameter = in_parameters(map, sizeof m);
   if (!parameter && !global_access(actor_of(self), site, map, sizeof m, READ)) return copy;
@@ -207,6 +219,7 @@ static BulkCopy box_of(Thread& self, int site, bool loads, u64 map, const s32* s
     return copy;
   }
   copy.fill = m.fill ? POISON : 0;
+  copy.rounds = loads && m.type == TFLOAT32;
   const auto inside = [](s64 at, s64 last) { return std::clamp<s64>(at, 0, last + 1); };
   const s64 first = inside(start[0], m.last[0]), end = inside(s64(start[0]) + m.box[0], m.last[0]);
 
@@ -239,7 +252,7 @@ void store_box(Thread& self, int site, u64 map, const s32* start, u32 rank, u64 
 
 // The same without a map: one row.
 static BulkCopy bytes_of(Thread& self, int site, bool loads, u64 shared, u64 global, u32 bytes) {
-  BulkCopy copy{&self, site, loads, 0, canonical(self, shared), bytes, 0, {}, 0, {}, false, false, false};
+  BulkCopy copy{&self, site, loads, 0, canonical(self, shared), bytes, 0, {}, 0, false, {}, false, false, false};
   if (bytes % PIECE) report("copy", site, &self, "a copy of %u bytes, no multiple of %u", bytes, PIECE);
   else if (bytes && aligned(self, site, shared, PIECE) && aligned(self, site, global, PIECE))
     copy.rows.push_back({global, 0, bytes});
