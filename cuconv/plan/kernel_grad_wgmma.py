@@ -411,6 +411,8 @@ def _candidate(
     least_bytes = (x_size + d_size + count) * element.bytes
     products = 2 * shape.batch * math.prod(shape.out_size) * count
 
+    copied = _copied(shape, view, reach, box, slices, taps, bn)
+
     best: tuple[float, Cost, int, int] | None = None
     for wanted in _splits(tiles, box.steps, most, limits):
         chunk = -(-box.steps // wanted)
@@ -419,7 +421,8 @@ def _candidate(
             continue
         stored = splits * count * element.sum_bytes if splits > 1 else count * element.bytes
         work = (slices, taps, bn, shared, box.rows, stage, chunk)
-        cost = _cost(limits, work, tiles * splits, box.steps * tiles, stored, least_bytes, products)
+        moved = (copied * element.bytes, stored, least_bytes)
+        cost = _cost(limits, work, tiles * splits, box.steps * tiles, moved, products)
         seconds = cost.seconds
         if splits > 1:
             seconds += plan_reduce(dtype, splits, count, aligned[2], limits).seconds
@@ -484,8 +487,8 @@ def _candidate(
         registers=REGISTERS,
         reason=(
             f"{name}, tile {slices * SLICE}x{bn} of {taps} taps, {shared} shared, {stages} stages; boxes of "
-            f"{'x'.join(map(str, box.sizes))} positions; {splits} parts of {chunk} boxes; {cost.bytes} bytes to shared "
-            f"memory and back; {100 * cost.least_flops / cost.flops:.0f} % of its products count"
+            f"{'x'.join(map(str, box.sizes))} positions; {splits} parts of {chunk} boxes; {cost.bytes} bytes from and "
+            f"to the L2 cache; {100 * cost.least_flops / cost.flops:.0f} % of its products count"
         ),
         cost=cost,
         maps=maps,
@@ -519,17 +522,50 @@ def _map(array: int, dtype: str, view: View, channels: int, box: Box, span: int)
     )
 
 
+def _copied(shape: ConvShape, view: View, reach: Reach, box: Box, slices: int, taps: int, bn: int) -> int:
+    """Elements that all blocks copy to shared memory; zeros outside of x and dy are not read."""
+    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    tiles_c, tiles_n = -(-channels // (slices * SLICE)), -(-columns // bn)
+    x_places = d_places = 1
+    for number, (axis, size, count) in enumerate(zip(view.axes, box.sizes, box.counts, strict=True)):
+        starts, span, parts = [0], 0, axis.taps
+        if number == view.halo:
+            starts, span, parts = list(reach.starts), reach.span, -(-axis.taps // taps)
+        step = size * axis.stride
+        found = 0
+        for part, start in itertools.product(range(parts), starts):
+            first = part * axis.dilation * (taps if number == view.halo else 1) + start - axis.pad
+            found += _inside(first, axis.stride, count * size, axis.read)
+            found += sum(_inside(first + step + i * axis.stride, step, count, axis.read) for i in range(span))
+        x_places *= found
+        d_places *= parts * axis.sizes[1]
+    x_width = _width(shape.in_channels, channels, shape.groups, tiles_c * slices)
+    d_width = _width(shape.filters, columns, shape.groups, tiles_n * -(-bn // SLICE))
+    return x_places * x_width * tiles_n + d_places * d_width * tiles_c
+
+
+def _inside(first: int, step: int, count: int, size: int) -> int:
+    """Of the places first, first + step, ..., `count` of them, those from 0 to size - 1."""
+    return max(0, min(count, -(-(size - first) // step)) - max(0, -(first // step)))
+
+
+def _width(all_channels: int, of_group: int, groups: int, slices: int) -> int:
+    """Channels of all slices of all groups. What a slice has behind its group is copied, what is behind all is not."""
+    starts = (group * of_group + number * SLICE for group in range(groups) for number in range(slices))
+    return sum(max(0, min(SLICE, all_channels - start)) for start in starts)
+
+
 def _cost(
     limits: DeviceLimits,
     work: tuple[int, int, int, str, int, int, int],
     blocks: int,
     steps: int,
-    stored: int,
-    least_bytes: int,
+    bytes_: tuple[int, int, int],
     products: int,
 ) -> Cost:
-    """The model above; `steps`: of all blocks, `stored`: bytes of results."""
+    """The model above; `steps`: of all blocks, `bytes_`: copied, stored, and of every array once."""
     slices, taps, bn, shared, rows, stage, chunk = work
+    copied, stored, least_bytes = bytes_
     clock = limits.clock
     gn = bn // 2 if shared == "filters" else bn
     # Of both warpgroups, with a tap too many where they do not share taps evenly.
@@ -541,7 +577,7 @@ def _cost(
     step = max(tensor, shared_seconds, LEAST_CYCLES / clock)
     rounds = -(-blocks // limits.multiprocessors)
     busy = rounds * ((chunk + START_STEPS) * step + made * SLICE * gn * STORE_CYCLES / clock)
-    moved = steps * stage + stored
+    moved = copied + stored
     times = {
         "tensor cores" if tensor >= shared_seconds else "shared memory": busy,
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
