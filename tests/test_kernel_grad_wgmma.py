@@ -390,7 +390,7 @@ PLANTS = {
         KERNEL, "barrier_wait(ring.full(), ring.parity)", "barrier_wait(ring.full(), ring.parity ^ 1)",
         sequence, {"race"}),
     "a round that is not counted": (SHARED, "stage = 0, parity ^= 1;", "stage = 0;", sequence, {"barrier"}),
-    "a stage given back by one warpgroup": (SHARED, "CONSUMERS * 4);", "4);", sequence, {"barrier"}),
+    "a stage given back by one warpgroup": (SHARED, "CONSUMERS * 4);", "4);", sequence, {"deadlock"}),
     "barriers that the copy engine does not see": (
         SHARED, "    ptx::barriers_visible();\n", "", sequence, {"fence"}),
     "fewer bytes than come": (
@@ -408,7 +408,7 @@ PLANTS = {
     "rows of x as if they lay along memory": (KERNEL, "multiply_tiles<true>", "multiply_tiles<false>", sequence, {WRONG}),
     "eight positions too far apart": (
         KERNEL, "d_layout = layout(SWIZZLE_128, 8 * ROW_BYTES", "d_layout = layout(SWIZZLE_128, 16 * ROW_BYTES",
-        sequence, {WRONG}),
+        sequence, {"race"}),
     "no swizzle": (KERNEL, "x_layout = layout(SWIZZLE_128", "x_layout = layout(SWIZZLE_64", sequence, {WRONG}),
     "filters too close": (KERNEL, "8 * ROW_BYTES, D_BYTES)", "8 * ROW_BYTES, D_BYTES / 2)",
                           with_case((8, 33, 24), (3, 24, 136), tile=(1, 128, "taps"), padding="same"), {WRONG}),
@@ -451,7 +451,10 @@ DEFAULT = {"a stage given back too early", "rows of x as if they lay along memor
 def test_planted_bug_is_caught(name):
     file, right, wrong, run, caught = PLANTS[name]
     with planted(file, right, wrong):
-        found = what_catches(run, EmulatedRuntime(H200, mode="trace", seed=1, timeout=5.0))
+        for seed in (1, 2, 3):  # not every order of threads shows a barrier that is missing
+            found = what_catches(run, EmulatedRuntime(H200, mode="trace", seed=seed, timeout=5.0))
+            if found:
+                break
     assert caught <= found, found
 
 
