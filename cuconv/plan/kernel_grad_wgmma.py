@@ -18,7 +18,6 @@ Sums are stored by all blocks at the end, when nothing else happens.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -196,8 +195,9 @@ def plan_on_warpgroups(
         raise PlanError("; ".join(refused) or "warpgroups: no order of positions")
     least = min(seconds for seconds, *_ in found)
     # Of those that are about as fast, the one that moves least.
-    seconds, plan, splits = min(
-        (each for each in found if each[0] <= CHOICE_FACTOR * least), key=lambda each: each[1].cost.bytes  # type: ignore[union-attr]
+    _, plan, splits = min(
+        (each for each in found if each[0] <= CHOICE_FACTOR * least),
+        key=lambda each: each[1].cost.bytes if each[1].cost else 0,
     )
     return plan.rejecting(*_others(found, plan), *refused), splits
 
@@ -250,7 +250,9 @@ def _furthest(shape: ConvShape) -> int:
     axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
     each = [(out + MAP_BOX) * stride + 2 * k_eff + abs(pad) + size for out, stride, k_eff, pad, size in axes]
     positions = shape.batch * math.prod(shape.in_size) if _is_product(shape) else 0
-    return max(*each, positions, shape.in_channels + 2 * MAP_BOX, shape.filters + 2 * MAP_BOX, shape.batch + MAP_BOX)
+    return int(
+        max(*each, positions, shape.in_channels + 2 * MAP_BOX, shape.filters + 2 * MAP_BOX, shape.batch + MAP_BOX)
+    )
 
 
 def _is_product(shape: ConvShape) -> bool:
@@ -278,7 +280,8 @@ def views(shape: ConvShape) -> Iterator[View]:
     others = others[::-1]
     if _is_product(shape):
         positions = shape.batch * math.prod(shape.in_size)
-        yield View("positions", (Axis((positions,) * 2, last.pitches), Axis((1, 1), (positions * shape.in_channels, positions * shape.filters))), 0)  # fmt: skip
+        beyond = Axis((1, 1), (positions * shape.in_channels, positions * shape.filters))
+        yield View("positions", (Axis((positions, positions), last.pitches), beyond), 0)
         return
     yield View("rows", (last, *others, batch), 0)
     if shape.batch >= STRANDS:
@@ -584,6 +587,3 @@ def _cost(
         "memory": (least_bytes + stored) / limits.bandwidth,
     }
     return slowest(flops * steps, products, moved, least_bytes, times)
-
-
-__all__ = ["Axis", "Box", "Reach", "View", "choose_box", "plan_on_warpgroups", "reaches", "views"]
