@@ -126,7 +126,7 @@ def cases(mode, tile, rank):
     if mode != "halo of rows":
         # Each axis at a stride of its own; boxes of neighbours at every second place.
         strides = (3, 2)[-rank:] if rank < 3 else (1, 3, 2)
-        yield *shapes([2 * n for n in sizes], 8, (*taps[:-1], 5), 8), 2, {"padding": "same", "strides": strides}
+        yield *shapes([3 * n for n in sizes], 8, (*taps[:-1], 5), 8), 2, {"padding": "same", "strides": strides}
     if mode == "reload of rows":
         yield *shapes((1,) * rank, 16, taps, 16, batch=1), 1, {"padding": "same"}
     if rank == 1 and of in ("items", "rows"):
@@ -153,9 +153,9 @@ def run(mode, tile, rank, dtype, make_runtime=trace):
 
 
 def is_possible(mode, tile, rank):
-    """Places and residues want axes to be there, a halo several taps in a block."""
+    """Places and residues want axes to be there, a halo several taps in a block, and so do warpgroups that share them."""
     kind, _, of = mode.partition(" of ")
-    axes = (of != "places" or rank > 1) and (of != "residues" or rank < 3)
+    axes = (of != "places" or rank > 1) and (of != "residues" or rank < 3) and (of != "positions" or tile[2] != "taps")
     return axes and (kind == "reload" or grads.tap_counts(3, *tile)[:1] > [1])
 
 
