@@ -153,7 +153,7 @@ def run(mode, tile, rank, dtype, make_runtime=trace):
 
 
 def is_possible(mode, tile, rank):
-    """Places and residues want axes to be there, a halo several taps in a block, and so do warpgroups that share them."""
+    """Places and residues want axes to be there; a halo, and warpgroups that share taps, several in a block."""
     kind, _, of = mode.partition(" of ")
     axes = (of != "places" or rank > 1) and (of != "residues" or rank < 3) and (of != "positions" or tile[2] != "taps")
     return axes and (kind == "reload" or grads.tap_counts(3, *tile)[:1] > [1])
