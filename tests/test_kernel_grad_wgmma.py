@@ -91,7 +91,7 @@ def trace(seed=1, limits=H200):
 def cases(mode, tile, rank):
     """(x_shape, w_shape, splits, options) that meet every edge of `tile` in `mode`."""
     slices, bn, _ = tile
-    of = mode.rpartition(" of ")[2]
+    kind, _, of = mode.partition(" of ")
     channels, filters = slices * 64 + 8, bn + 8
     batch = {"items": 11}.get(of, 2)
 
@@ -123,9 +123,9 @@ def cases(mode, tile, rank):
     # Groups whose channels and filters end inside of a slice, with dilation.
     options = {"padding": "same", "groups": 2, "dilation_rate": 2 if d == 1 else (*last, d)}
     yield *shapes(sizes, 48, taps, 80, 2), 1, options
-    if mode != "halo of rows":
-        # Each axis at a stride of its own; boxes of neighbours at every second place.
-        strides = (3, 2)[-rank:] if rank < 3 else (1, 3, 2)
+    strides = (3, 2)[-rank:] if rank < 3 else (1, 3, 2)
+    if kind == "reload" or (of != "rows" and grads.tap_counts(5, *tile)[0] > strides[-1]):
+        # Each axis at a stride of its own; a halo is of taps that meet every second place.
         yield *shapes([3 * n for n in sizes], 8, (*taps[:-1], 5), 8), 2, {"padding": "same", "strides": strides}
     if mode == "reload of rows":
         yield *shapes((1,) * rank, 16, taps, 16, batch=1), 1, {"padding": "same"}

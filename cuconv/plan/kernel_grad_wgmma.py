@@ -7,6 +7,9 @@ none and the dilation is a multiple of 8. Strands are neighbours on any axis: ba
 residues of the dilation, if it divides all sizes. The order of positions does not matter to their sum, as long as x and
 dy have the same.
 
+A box may reach behind the last position, where dy is zero. A number of x that meets these zeros must not be a NaN that
+nobody reads, so there are no boxes that bring such. One that some tap reads can reach the other taps of its channel.
+
 The model, for one block and step. It takes as long as the slower of
 
 * the tensor cores, at the share of their rate that large products reach;
@@ -458,10 +461,10 @@ def _candidate(
             ("RANK", len(view.axes)),
             ("HALO", view.halo),
             ("SPLIT", int(splits > 1)),
-            ("SLICES", slices),
-            ("TAPS", taps),
+            ("BM", slices * SLICE),
             ("BN", bn),
             ("BK", box.rows),
+            ("TAPS", taps),
             ("SHARED", SHARED[shared]),
             ("BOXES", len(reach.starts)),
             ("STAGES", stages),
