@@ -81,7 +81,6 @@ ROWS = (256, 192, 128, 96, 64, 32, 16)  # positions of a step, at most; longer o
 SIZES = 8  # of a box on the axis of the halo that are looked at
 ENOUGH_STAGES, MOST_STAGES = 3, 6
 LEAST_SPLIT = 4  # steps of a split, or its start and end cost more than they save
-SECTOR_BYTES = 32  # what the four lanes store that have neighbours of a row
 STORE_CYCLES = 0.03  # of a multiprocessor, from a sum to memory
 
 
@@ -168,6 +167,17 @@ class Box:
         return math.prod(self.counts)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A launch with one tile and mode, and the seconds that it takes with its reduction."""
+
+    plan: LaunchPlan
+    splits: int
+    seconds: float
+    mode: str
+    tile: tuple[int, int, int, str]  # slices, taps, filters, and what warpgroups share
+
+
 def plan_on_warpgroups(
     shape: ConvShape, dtype: str, aligned: tuple[int, ...], most: int, limits: DeviceLimits
 ) -> tuple[LaunchPlan, int]:
@@ -182,7 +192,7 @@ def plan_on_warpgroups(
     """
     element = ELEMENTS[dtype]
     require(shape, element, aligned, limits)
-    found: list[tuple[float, LaunchPlan, int]] = []
+    found: list[Candidate] = []
     refused: dict[str, None] = {}
     for view in views(shape):
         for slices, bn, shared in TILES:
@@ -196,31 +206,23 @@ def plan_on_warpgroups(
                         found.append(each)
     if not found:
         raise PlanError("; ".join(refused) or "warpgroups: no order of positions")
-    least = min(seconds for seconds, *_ in found)
+    least = min(each.seconds for each in found)
     # Of those that are about as fast, the one that moves least.
-    _, plan, splits = min(
-        (each for each in found if each[0] <= CHOICE_FACTOR * least),
-        key=lambda each: each[1].cost.bytes if each[1].cost else 0,
+    best = min(
+        (each for each in found if each.seconds <= CHOICE_FACTOR * least),
+        key=lambda each: each.plan.cost.bytes if each.plan.cost else 0,
     )
-    return plan.rejecting(*_others(found, plan), *refused), splits
+    return best.plan.rejecting(*_others(found, best), *refused), best.splits
 
 
-def _others(found: Sequence[tuple[float, LaunchPlan, int]], plan: LaunchPlan) -> Iterator[str]:
-    """The fastest of every other mode, and of every other tile in the mode that is taken."""
-    kept: dict[tuple[str, str], tuple[float, LaunchPlan]] = {}
-    taken = _mode_and_tile(plan)
-    for seconds, each, _ in found:
-        mode, tile = _mode_and_tile(each)
-        key = (mode, tile if mode == taken[0] else "")
-        if (mode, tile) != taken and (key not in kept or seconds < kept[key][0]):
-            kept[key] = seconds, each
-    for seconds, each in sorted(kept.values(), key=lambda pair: pair[0]):
-        yield f"{each.reason.partition(';')[0]}: {seconds * 1e6:.1f} us predicted"
-
-
-def _mode_and_tile(plan: LaunchPlan) -> tuple[str, str]:
-    mode, tile, *_ = plan.reason.removeprefix("warpgroups, ").split(", ")
-    return mode, tile
+def _others(found: Sequence[Candidate], best: Candidate) -> Iterator[str]:
+    """The fastest with every other tile in the mode that is taken, and of every other mode."""
+    kept: dict[object, Candidate] = {}
+    for each in sorted(found, key=lambda each: each.seconds):
+        if (each.mode, each.tile) != (best.mode, best.tile):
+            kept.setdefault(each.tile if each.mode == best.mode else each.mode, each)
+    for each in kept.values():
+        yield f"{each.plan.reason.partition(';')[0]}: {each.seconds * 1e6:.1f} us predicted"
 
 
 def require(shape: ConvShape, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
@@ -292,7 +294,7 @@ def views(shape: ConvShape) -> Iterator[View]:
     for number, axis in enumerate(others):
         if axis.sizes[1] >= STRANDS:
             rest = others[:number] + others[number + 1 :]
-            yield View(f"places of axis {shape.rank - 1 - number}", (axis, last, *rest, batch), 1)
+            yield View(f"places of axis {shape.rank - 2 - number}", (axis, last, *rest, batch), 1)
     d = last.dilation
     apart = d > 1 and last.taps > 1 and last.stride == 1
     if apart and not any(n % d for n in (*last.sizes, last.pad)) and len(others) + 4 <= MAP_RANK:
@@ -373,8 +375,8 @@ def _candidate(
     view: View,
     reach: Reach,
     tile: tuple[int, int, int, str],
-) -> tuple[float, LaunchPlan, int] | str:
-    """The plan with one tile and mode, what it takes with its reduction, and its splits; or why it cannot be taken."""
+) -> Candidate | str:
+    """The plan with one tile and mode, or why it cannot be taken."""
     slices, taps, bn, shared = tile
     element = ELEMENTS[dtype]
     mode = f"{'halo' if reach.is_halo else 'reload'} of {view.name}"
@@ -499,7 +501,7 @@ def _candidate(
         cost=cost,
         maps=maps,
     )
-    return seconds, plan, splits
+    return Candidate(plan, splits, seconds, mode, tile)
 
 
 def _splits(tiles: int, steps: int, most: int, limits: DeviceLimits) -> Iterator[int]:
