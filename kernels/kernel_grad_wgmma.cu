@@ -19,7 +19,7 @@
 // Arrays, C-contiguous   x [B, L.., C]   dy [B, P.., F]   dw [R.., C/G, F], of SPLIT [splits, R.., C/G, F] in float
 //
 // Work split
-//   blockIdx.x   split of the boxes, TAPS taps, group, tile of SLICES * 64 channels, tile of BN filters; filters fastest
+//   blockIdx.x   split of the boxes, TAPS taps, group, tile of BM channels, tile of BN filters; filters fastest
 //   warpgroups   two multiply, and share the channels, the taps or the filters of a block; one thread of the third asks
 //                the copy engine for operands
 //
@@ -32,15 +32,15 @@
 #include "positions.cuh"
 #include "warpgroups.cuh"
 
-// Set by the plan: ELEMENT INDEX RANK (axes of positions)   HALO SPLIT   SLICES TAPS BN BK   SHARED BOXES STAGES
+// Set by the plan: ELEMENT INDEX RANK (axes of positions)   HALO SPLIT   BM BN BK TAPS   SHARED BOXES STAGES
 constexpr int CHANNELS = 0, FILTERS = 1, TAPS_OF_BLOCK = 2;  // what warpgroups share: a value of SHARED
 constexpr int PARTS_C = SHARED == CHANNELS ? 2 : 1, PARTS_T = SHARED == TAPS_OF_BLOCK ? 2 : 1;
+constexpr int SLICES = BM / 64, SLICES_D = ceil_div(BN, 64);
 constexpr int GC = SLICES / PARTS_C, GT = ceil_div(TAPS, PARTS_T), GN = SHARED == FILTERS ? BN / 2 : BN;
-static_assert(GC * PARTS_C == SLICES, "a warpgroup has whole slices of channels");
+static_assert(SLICES * 64 == BM && GC * PARTS_C == SLICES, "a warpgroup has whole slices of channels");
 static_assert(GN == BN || GN % 64 == 0, "a warpgroup has whole slices of filters");
 constexpr int PRODUCTS = GC * GT;          // of a warpgroup, at 16 positions
 static_assert(PRODUCTS * GN / 2 <= 192, "a thread has registers for 192 sums");
-constexpr int SLICES_D = ceil_div(BN, 64);
 constexpr int ROW_BYTES = 64 * sizeof(E), D_BYTES = BK * ROW_BYTES;
 static_assert(BK % 16 == 0, "a product has 16 positions");
 using Result = conditional<SPLIT, S, E>;
@@ -78,7 +78,7 @@ struct Tile {
   __device__ __forceinline__ explicit Tile(const WarpgroupParams& p) {
     Index tile = blockIdx.x;
     n0 = tile % p.tiles_n * BN, tile /= p.tiles_n;
-    c0 = tile % p.tiles_c * (SLICES * 64), tile /= p.tiles_c;
+    c0 = tile % p.tiles_c * BM, tile /= p.tiles_c;
     g = tile % p.groups, tile /= p.groups;
     number = split(tile, p.parts, part);
     first = number * p.chunk;

@@ -141,13 +141,13 @@ extern "C" __global__ void apply(const __grid_constant__ Map three, const __grid
 PRODUCT_OF_A_WARPGROUP = """
 __device__ unsigned place(int row, int chunk) {{ return row * 8 + (chunk ^ row % 8); }}
 template <int N>
-__device__ void product(float (*d)[256], unsigned long long a, unsigned long long b) {{
+__device__ void product(float (*d)[256], unsigned long long a, unsigned long long second, unsigned long long b) {{
   const int thread = threadIdx.x, lane = thread % 32;
   float sums[2][N / 2] = {{}};
   ptx::products_fence();
   ptx::{name}<N>(sums[0], a, b);
   ptx::products_commit();
-  ptx::{name}<N>(sums[1], a, b);
+  ptx::{name}<N{across}>(sums[1], second, b);
   ptx::products_commit();
   ptx::products_wait<1>(sums);
   for (int j = 0; j < N / 2; ++j)
@@ -158,23 +158,25 @@ __device__ void product(float (*d)[256], unsigned long long a, unsigned long lon
 }}
 extern "C" __global__ void __launch_bounds__(128, 1)
     apply(const uint4 (*a)[64][2], const uint4 (*b){b}, const float (*c)[64][256], float (*d)[64][256], int) {{
-  __shared__ alignas(1024) uint4 left[64 * 8], right{right};
+  __shared__ alignas(1024) uint4 left[64 * 8], turned[16 * 8], right{right};
   const int item = blockIdx.x, thread = threadIdx.x;
   left[place(thread / 2, thread % 2)] = a[item][thread / 2][thread % 2];
+  for (int i = thread; i < 64 * 16; i += 128) {turn};
   for (int i = thread; i < 512; i += 128) {fill};
   for (int i = thread; i < 64 * 256; i += 128) d[item][i / 256][i % 256] = c[item][i / 256][i % 256];
   ptx::fence_async();
   __syncthreads();
   constexpr unsigned long long layout = 1ull << 62 | 1024ull / 16 << 32;
   const unsigned long long from_a = layout | ptx::shared_address(left) >> 4;
+  const unsigned long long second = layout | ptx::shared_address({second}) >> 4;
   const unsigned long long from_b = layout | {pitch} << 16 | ptx::shared_address(right) >> 4;
-  product<256>(d[item], from_a, from_b);
-  product<192>(d[item], from_a, from_b);
-  product<160>(d[item], from_a, from_b);
-  product<128>(d[item], from_a, from_b);
-  product<96>(d[item], from_a, from_b);
-  product<64>(d[item], from_a, from_b);
-  product<32>(d[item], from_a, from_b);
+  product<256>(d[item], from_a, second, from_b);
+  product<192>(d[item], from_a, second, from_b);
+  product<160>(d[item], from_a, second, from_b);
+  product<128>(d[item], from_a, second, from_b);
+  product<96>(d[item], from_a, second, from_b);
+  product<64>(d[item], from_a, second, from_b);
+  product<32>(d[item], from_a, second, from_b);
 }}
 """
 
@@ -183,12 +185,21 @@ OF_16_BITS = {
     "right": "[4][16 * 8]",
     "fill": "right[i % 32 / 8][place(i / 32, i % 8)] = b[item][i / 32][i % 32]",
     "pitch": "sizeof right[0] / 16",
+    "turn": (
+        "reinterpret_cast<unsigned short*>(turned)[place(i % 16, i / 128) * 8 + i / 16 % 8] =\n"
+        "        reinterpret_cast<const unsigned short*>(a[item][i / 16])[i % 16]"
+    ),
+    "second": "turned",
+    "across": ", true",
 }
 OF_TF32 = {
     "b": "[256][2]",
     "right": "[256 * 8]",
     "fill": "right[place(i / 2, i % 2)] = b[item][i / 2][i % 2]",
     "pitch": "1ull",
+    "turn": "turned[i % 128] = uint4{}",
+    "second": "left",
+    "across": "",
 }
 
 # One element a thread, after two warpgroups have taken what the third has given.

@@ -58,6 +58,7 @@ def only(dtype: str, tile):
         mock.patch.object(plan_conv_module, "plan_wgmma", no_other),
         mock.patch.object(plan_conv_module, "plan_wgmma_first", no_other),
         mock.patch.object(plan_conv_module, "plan_on_tensor_cores", gradients),
+        mock.patch.object(plan_conv_module, "plan_on_warpgroups", no_other),
     ):
         forget_plans()
         try:

@@ -356,22 +356,29 @@ def plan_kernel_grad(
         reason=f"{tile}; {splits} parts of {chunk} positions; {_why(tile, product, limits)}",
         rejected=rejected,
     )
-    found, words = [(grad, splits)], []
-    others: tuple[Callable[[], tuple[LaunchPlan, int]], ...] = (
-        lambda: plan_on_tensor_cores(shape, element, aligned, most, grad, limits, precision),
-        lambda: plan_on_warpgroups(shape, dtype, aligned, most, limits),
-    )
-    for plan_other in others:
-        try:
-            found.insert(0, plan_other())
-        except PlanError as error:
-            words.append(str(error))
+    words: list[str] = []
+    found = [
+        *_tried(words, plan_on_warpgroups, shape, dtype, aligned, most, limits),
+        *_tried(words, plan_on_tensor_cores, shape, element, aligned, most, grad, limits, precision),
+        (grad, splits),
+    ]
     plans = [_with_reduction(*each, count, dtype, aligned, limits) for each in found]
     best = min(plans, key=lambda plan: plan.seconds)
     for plan in plans:
         if plan is not best:
             words += [f"{plan.grad.reason}: {plan.seconds * 1e6:.1f} us predicted", *plan.grad.rejected]
     return dataclasses.replace(best, grad=best.grad.rejecting(*words))
+
+
+def _tried(
+    words: list[str], plan_other: Callable[..., tuple[LaunchPlan, int]], *problem: Any
+) -> list[tuple[LaunchPlan, int]]:
+    """What `plan_other` makes of `problem`, if anything; `words` get the reason if not."""
+    try:
+        return [plan_other(*problem)]
+    except PlanError as error:
+        words.append(str(error))
+        return []
 
 
 def _with_reduction(

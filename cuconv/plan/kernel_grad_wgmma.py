@@ -7,6 +7,9 @@ none and the dilation is a multiple of 8. Strands are neighbours on any axis: ba
 residues of the dilation, if it divides all sizes. The order of positions does not matter to their sum, as long as x and
 dy have the same.
 
+A box may reach behind the last position, where dy is zero. A number of x that meets these zeros must not be a NaN that
+nobody reads, so there are no boxes that bring such. One that some tap reads can reach the other taps of its channel.
+
 The model, for one block and step. It takes as long as the slower of
 
 * the tensor cores, at the share of their rate that large products reach;
@@ -18,7 +21,6 @@ Sums are stored by all blocks at the end, when nothing else happens.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -79,7 +81,6 @@ ROWS = (256, 192, 128, 96, 64, 32, 16)  # positions of a step, at most; longer o
 SIZES = 8  # of a box on the axis of the halo that are looked at
 ENOUGH_STAGES, MOST_STAGES = 3, 6
 LEAST_SPLIT = 4  # steps of a split, or its start and end cost more than they save
-SECTOR_BYTES = 32  # what the four lanes store that have neighbours of a row
 STORE_CYCLES = 0.03  # of a multiprocessor, from a sum to memory
 
 
@@ -166,6 +167,17 @@ class Box:
         return math.prod(self.counts)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A launch with one tile and mode, and the seconds that it takes with its reduction."""
+
+    plan: LaunchPlan
+    splits: int
+    seconds: float
+    mode: str
+    tile: tuple[int, int, int, str]  # slices, taps, filters, and what warpgroups share
+
+
 def plan_on_warpgroups(
     shape: ConvShape, dtype: str, aligned: tuple[int, ...], most: int, limits: DeviceLimits
 ) -> tuple[LaunchPlan, int]:
@@ -180,7 +192,7 @@ def plan_on_warpgroups(
     """
     element = ELEMENTS[dtype]
     require(shape, element, aligned, limits)
-    found: list[tuple[float, LaunchPlan, int]] = []
+    found: list[Candidate] = []
     refused: dict[str, None] = {}
     for view in views(shape):
         for slices, bn, shared in TILES:
@@ -194,31 +206,23 @@ def plan_on_warpgroups(
                         found.append(each)
     if not found:
         raise PlanError("; ".join(refused) or "warpgroups: no order of positions")
-    least = min(seconds for seconds, *_ in found)
+    least = min(each.seconds for each in found)
     # Of those that are about as fast, the one that moves least.
-    seconds, plan, splits = min(
-        (each for each in found if each[0] <= CHOICE_FACTOR * least),
-        key=lambda each: each[1].cost.bytes,  # type: ignore[union-attr]
+    best = min(
+        (each for each in found if each.seconds <= CHOICE_FACTOR * least),
+        key=lambda each: each.plan.cost.bytes if each.plan.cost else 0,
     )
-    return plan.rejecting(*_others(found, plan), *refused), splits
+    return best.plan.rejecting(*_others(found, best), *refused), best.splits
 
 
-def _others(found: Sequence[tuple[float, LaunchPlan, int]], plan: LaunchPlan) -> Iterator[str]:
-    """The fastest of every other mode, and of every other tile in the mode that is taken."""
-    kept: dict[tuple[str, str], tuple[float, LaunchPlan]] = {}
-    taken = _mode_and_tile(plan)
-    for seconds, each, _ in found:
-        mode, tile = _mode_and_tile(each)
-        key = (mode, tile if mode == taken[0] else "")
-        if (mode, tile) != taken and (key not in kept or seconds < kept[key][0]):
-            kept[key] = seconds, each
-    for seconds, each in sorted(kept.values(), key=lambda pair: pair[0]):
-        yield f"{each.reason.partition(';')[0]}: {seconds * 1e6:.1f} us predicted"
-
-
-def _mode_and_tile(plan: LaunchPlan) -> tuple[str, str]:
-    mode, tile, *_ = plan.reason.removeprefix("warpgroups, ").split(", ")
-    return mode, tile
+def _others(found: Sequence[Candidate], best: Candidate) -> Iterator[str]:
+    """The fastest with every other tile in the mode that is taken, and of every other mode."""
+    kept: dict[object, Candidate] = {}
+    for each in sorted(found, key=lambda each: each.seconds):
+        if (each.mode, each.tile) != (best.mode, best.tile):
+            kept.setdefault(each.tile if each.mode == best.mode else each.mode, each)
+    for each in kept.values():
+        yield f"{each.plan.reason.partition(';')[0]}: {each.seconds * 1e6:.1f} us predicted"
 
 
 def require(shape: ConvShape, element: Element, aligned: tuple[int, ...], limits: DeviceLimits) -> None:
@@ -251,7 +255,9 @@ def _furthest(shape: ConvShape) -> int:
     axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
     each = [(out + MAP_BOX) * stride + 2 * k_eff + abs(pad) + size for out, stride, k_eff, pad, size in axes]
     positions = shape.batch * math.prod(shape.in_size) if _is_product(shape) else 0
-    return max(*each, positions, shape.in_channels + 2 * MAP_BOX, shape.filters + 2 * MAP_BOX, shape.batch + MAP_BOX)
+    return int(
+        max(*each, positions, shape.in_channels + 2 * MAP_BOX, shape.filters + 2 * MAP_BOX, shape.batch + MAP_BOX)
+    )
 
 
 def _is_product(shape: ConvShape) -> bool:
@@ -279,7 +285,8 @@ def views(shape: ConvShape) -> Iterator[View]:
     others = others[::-1]
     if _is_product(shape):
         positions = shape.batch * math.prod(shape.in_size)
-        yield View("positions", (Axis((positions,) * 2, last.pitches), Axis((1, 1), (positions * shape.in_channels, positions * shape.filters))), 0)  # fmt: skip
+        beyond = Axis((1, 1), (positions * shape.in_channels, positions * shape.filters))
+        yield View("positions", (Axis((positions, positions), last.pitches), beyond), 0)
         return
     yield View("rows", (last, *others, batch), 0)
     if shape.batch >= STRANDS:
@@ -287,7 +294,7 @@ def views(shape: ConvShape) -> Iterator[View]:
     for number, axis in enumerate(others):
         if axis.sizes[1] >= STRANDS:
             rest = others[:number] + others[number + 1 :]
-            yield View(f"places of axis {shape.rank - 1 - number}", (axis, last, *rest, batch), 1)
+            yield View(f"places of axis {shape.rank - 2 - number}", (axis, last, *rest, batch), 1)
     d = last.dilation
     apart = d > 1 and last.taps > 1 and last.stride == 1
     if apart and not any(n % d for n in (*last.sizes, last.pad)) and len(others) + 4 <= MAP_RANK:
@@ -368,8 +375,8 @@ def _candidate(
     view: View,
     reach: Reach,
     tile: tuple[int, int, int, str],
-) -> tuple[float, LaunchPlan, int] | str:
-    """The plan with one tile and mode, what it takes with its reduction, and its splits; or why it cannot be taken."""
+) -> Candidate | str:
+    """The plan with one tile and mode, or why it cannot be taken."""
     slices, taps, bn, shared = tile
     element = ELEMENTS[dtype]
     mode = f"{'halo' if reach.is_halo else 'reload'} of {view.name}"
@@ -412,6 +419,8 @@ def _candidate(
     least_bytes = (x_size + d_size + count) * element.bytes
     products = 2 * shape.batch * math.prod(shape.out_size) * count
 
+    copied = _copied(shape, view, reach, box, slices, taps, bn)
+
     best: tuple[float, Cost, int, int] | None = None
     for wanted in _splits(tiles, box.steps, most, limits):
         chunk = -(-box.steps // wanted)
@@ -420,7 +429,8 @@ def _candidate(
             continue
         stored = splits * count * element.sum_bytes if splits > 1 else count * element.bytes
         work = (slices, taps, bn, shared, box.rows, stage, chunk)
-        cost = _cost(limits, work, tiles * splits, box.steps * tiles, stored, least_bytes, products)
+        moved = (copied * element.bytes, stored, least_bytes)
+        cost = _cost(limits, work, tiles * splits, box.steps * tiles, moved, products)
         seconds = cost.seconds
         if splits > 1:
             seconds += plan_reduce(dtype, splits, count, aligned[2], limits).seconds
@@ -453,10 +463,10 @@ def _candidate(
             ("RANK", len(view.axes)),
             ("HALO", view.halo),
             ("SPLIT", int(splits > 1)),
-            ("SLICES", slices),
-            ("TAPS", taps),
+            ("BM", slices * SLICE),
             ("BN", bn),
             ("BK", box.rows),
+            ("TAPS", taps),
             ("SHARED", SHARED[shared]),
             ("BOXES", len(reach.starts)),
             ("STAGES", stages),
@@ -485,13 +495,13 @@ def _candidate(
         registers=REGISTERS,
         reason=(
             f"{name}, tile {slices * SLICE}x{bn} of {taps} taps, {shared} shared, {stages} stages; boxes of "
-            f"{'x'.join(map(str, box.sizes))} positions; {splits} parts of {chunk} boxes; {cost.bytes} bytes to shared "
-            f"memory and back; {100 * cost.least_flops / cost.flops:.0f} % of its products count"
+            f"{'x'.join(map(str, box.sizes))} positions; {splits} parts of {chunk} boxes; {cost.bytes} bytes from and "
+            f"to the L2 cache; {100 * cost.least_flops / cost.flops:.0f} % of its products count"
         ),
         cost=cost,
         maps=maps,
     )
-    return seconds, plan, splits
+    return Candidate(plan, splits, seconds, mode, tile)
 
 
 def _splits(tiles: int, steps: int, most: int, limits: DeviceLimits) -> Iterator[int]:
@@ -520,17 +530,50 @@ def _map(array: int, dtype: str, view: View, channels: int, box: Box, span: int)
     )
 
 
+def _copied(shape: ConvShape, view: View, reach: Reach, box: Box, slices: int, taps: int, bn: int) -> int:
+    """Elements that all blocks copy to shared memory; zeros outside of x and dy are not read."""
+    channels, columns = shape.in_channels // shape.groups, shape.filters // shape.groups
+    tiles_c, tiles_n = -(-channels // (slices * SLICE)), -(-columns // bn)
+    x_places = d_places = 1
+    for number, (axis, size, count) in enumerate(zip(view.axes, box.sizes, box.counts, strict=True)):
+        starts, span, parts = [0], 0, axis.taps
+        if number == view.halo:
+            starts, span, parts = list(reach.starts), reach.span, -(-axis.taps // taps)
+        step = size * axis.stride
+        found = 0
+        for part, start in itertools.product(range(parts), starts):
+            first = part * axis.dilation * (taps if number == view.halo else 1) + start - axis.pad
+            found += _inside(first, axis.stride, count * size, axis.read)
+            found += sum(_inside(first + step + i * axis.stride, step, count, axis.read) for i in range(span))
+        x_places *= found
+        d_places *= parts * axis.sizes[1]
+    x_width = _width(shape.in_channels, channels, shape.groups, tiles_c * slices)
+    d_width = _width(shape.filters, columns, shape.groups, tiles_n * -(-bn // SLICE))
+    return x_places * x_width * tiles_n + d_places * d_width * tiles_c
+
+
+def _inside(first: int, step: int, count: int, size: int) -> int:
+    """Of the places first, first + step, ..., `count` of them, those from 0 to size - 1."""
+    return max(0, min(count, -(-(size - first) // step)) - max(0, -(first // step)))
+
+
+def _width(all_channels: int, of_group: int, groups: int, slices: int) -> int:
+    """Channels of all slices of all groups. What a slice has behind its group is copied, what is behind all is not."""
+    starts = (group * of_group + number * SLICE for group in range(groups) for number in range(slices))
+    return sum(max(0, min(SLICE, all_channels - start)) for start in starts)
+
+
 def _cost(
     limits: DeviceLimits,
     work: tuple[int, int, int, str, int, int, int],
     blocks: int,
     steps: int,
-    stored: int,
-    least_bytes: int,
+    bytes_: tuple[int, int, int],
     products: int,
 ) -> Cost:
-    """The model above; `steps`: of all blocks, `stored`: bytes of results."""
+    """The model above; `steps`: of all blocks, `bytes_`: copied, stored, and of every array once."""
     slices, taps, bn, shared, rows, stage, chunk = work
+    copied, stored, least_bytes = bytes_
     clock = limits.clock
     gn = bn // 2 if shared == "filters" else bn
     # Of both warpgroups, with a tap too many where they do not share taps evenly.
@@ -542,13 +585,10 @@ def _cost(
     step = max(tensor, shared_seconds, LEAST_CYCLES / clock)
     rounds = -(-blocks // limits.multiprocessors)
     busy = rounds * ((chunk + START_STEPS) * step + made * SLICE * gn * STORE_CYCLES / clock)
-    moved = steps * stage + stored
+    moved = copied + stored
     times = {
         "tensor cores" if tensor >= shared_seconds else "shared memory": busy,
         "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
         "memory": (least_bytes + stored) / limits.bandwidth,
     }
     return slowest(flops * steps, products, moved, least_bytes, times)
-
-
-__all__ = ["Axis", "Box", "Reach", "View", "choose_box", "plan_on_warpgroups", "reaches", "views"]

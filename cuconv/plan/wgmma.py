@@ -192,11 +192,11 @@ def choose_box(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...], 
     best: Box | None = None
     little = LITTLE_WASTE * batch * math.prod(out_size) / rows
     choices = [
-        [(size, -(-count // size)) for size in _sizes(count, min(rows, MAP_BOX // stride))]
+        [(size, -(-count // size)) for size in even_sizes(count, min(rows, MAP_BOX // stride))]
         for count, stride in zip(out_size, strides, strict=True)
     ]
     for sizes, width, count in _within(choices, rows):
-        items = _balanced(batch, min(rows // width, MAP_BOX))
+        items = balanced(batch, min(rows // width, MAP_BOX))
         tiles = -(-batch // items) * count
         if best is None or tiles < best.tiles:
             best = Box((items, *sizes), tiles)
@@ -212,7 +212,7 @@ def choose_long_boxes(view: View, rows: int) -> tuple[Box, ...]:
     found = []
     for width, (count, across) in _across(view).items():
         if width <= rows:
-            size = _balanced(view.counts[0], rows // width)
+            size = balanced(view.counts[0], rows // width)
             tiles = -(-view.counts[0] // size) * count
             found.append((tiles * (size + view.beyond) * width, tiles, (size, *across)))
     if not found:
@@ -253,7 +253,7 @@ def _within(choices: Sequence[Sequence[tuple[int, int]]], rows: int) -> Iterator
                 yield (*sizes, size), width * size, counts * count
 
 
-def _sizes(count: int, most: int) -> list[int]:
+def even_sizes(count: int, most: int) -> list[int]:
     """Sizes of a box on an axis of `count` positions that divide it evenly, the largest first; of a long one, some."""
     parts = -(-count // most)
     last, short = (count, ()) if count <= MAP_BOX else (parts + SIZES, ACROSS)
@@ -261,7 +261,7 @@ def _sizes(count: int, most: int) -> list[int]:
     return sorted(even | {size for size in short if size <= most}, reverse=True)
 
 
-def _balanced(count: int, most: int) -> int:
+def balanced(count: int, most: int) -> int:
     """The least size, at most `most`, of which as few cover `count`."""
     return -(-count // -(-count // most))
 
@@ -378,7 +378,7 @@ def require(
         raise PlanError("warpgroups: an array does not begin on a 16-byte boundary")
     if max(shape.strides) > MAP_STEP:
         raise PlanError(f"warpgroups: the copy engine takes strides up to {MAP_STEP}, not {shape.strides}")
-    if _furthest(shape) > INT32_MAX:
+    if furthest(shape) > INT32_MAX:
         raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
     if tf32 and form.w_group == form.columns:
         raise PlanError("warpgroups: products of TF32 need packed weights, which take a launch of their own")
@@ -477,7 +477,7 @@ def _candidates(
         moved = element.bytes * channels * columns * _inputs(view, box)
         moved += _weights(form, element, bn) * (of_columns if stays else box.tiles)
         work = done, 2 * form.products
-        cost = _cost(form, element, limits, tile, (rounds, steps, parts), copied, work, moved)
+        cost = cost_of(form, element, limits, tile, (rounds, steps, parts), copied, work, moved)
         fastest[stays] = min(fastest[stays], cost.seconds)
         yield _Candidate(view, box, tile, stays, stages, w_stages, stage_rows, parts, part_loads, blocks, cost)
 
@@ -687,10 +687,10 @@ def _maps(form: Form, dtype: str, view: View, box: Box, bn: int, bk: int) -> tup
         )
         for sizes in kinds
     ]
-    return *maps, _map_of_w(form, dtype, bn, bk)
+    return *maps, map_of_w(form, dtype, bn, bk)
 
 
-def _map_of_w(form: Form, dtype: str, bn: int, bk: int) -> TensorMap:
+def map_of_w(form: Form, dtype: str, bn: int, bk: int) -> TensorMap:
     """Of boxes of 64 columns and `bk` channels of one tap; groups lie side by side, or behind each other.
 
     Of TF32 a box has all `bn` columns, channels are innermost, and groups behind each other.
@@ -707,7 +707,7 @@ def _map_of_w(form: Form, dtype: str, bn: int, bk: int) -> TensorMap:
     return TensorMap(1, dtype, sizes, (row, row * channels), (SLICE, bk, 1), (1, 1, 1), SLICE_BYTES)
 
 
-def _furthest(shape: ConvShape) -> int:
+def furthest(shape: ConvShape) -> int:
     """The largest coordinate that a box comes to, or more."""
     taps = math.prod(shape.kernel_size)
     axes = zip(shape.out_size, shape.strides, shape.k_eff, shape.pad_before, shape.in_size, strict=True)
@@ -717,7 +717,7 @@ def _furthest(shape: ConvShape) -> int:
     )
 
 
-def _cost(
+def cost_of(
     form: Form,
     element: Element,
     limits: DeviceLimits,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from cuconv.geometry import CHANNELS_LAST, ConvShape
 from cuconv.plan import wgmma
-from cuconv.plan.cost import L2_FACTOR, slowest
 from cuconv.plan.simt import CHOICE_FACTOR
 from cuconv.plan.types import (
     ACTIVATION_CODES,
@@ -25,7 +24,6 @@ from cuconv.plan.types import (
     MAP_BOX,
     MAP_STEP,
     VECTOR_BYTES,
-    Cost,
     DeviceLimits,
     Element,
     LaunchPlan,
@@ -79,14 +77,15 @@ def choose_strips(batch: int, out_size: tuple[int, ...], strides: tuple[int, ...
     found = []
     for span in SPANS:
         most = columns // span
-        on_last = wgmma._sizes(-(-out_size[-1] // span), most)
-        others = [wgmma._sizes(n, min(most, MAP_BOX // s)) for n, s in zip(out_size[:-1], strides[:-1], strict=True)]
-        for spans in on_last:
-            for sizes in wgmma._within(others, most // spans):
-                items = wgmma._balanced(batch, min(most // spans // math.prod(sizes), MAP_BOX))
+        on_last = wgmma.even_sizes(-(-out_size[-1] // span), most)
+        others = zip(out_size[:-1], strides[:-1], strict=True)
+        choices = (wgmma.even_sizes(n, min(most, MAP_BOX // stride)) for n, stride in others)
+        for spans, *sizes in itertools.product(on_last, *choices):
+            if (beside := most // (spans * math.prod(sizes))) > 0:
+                items = wgmma.balanced(batch, min(beside, MAP_BOX))
                 counts = zip((*out_size, batch), (*sizes, spans * span, items), strict=True)
                 tiles = math.prod(-(-n // size) for n, size in counts)
-                found.append(Strips(span, spans, sizes, items, tiles))
+                found.append(Strips(span, spans, tuple(sizes), items, tiles))
     return min(found, key=lambda strips: (strips.tiles, strips.spans, -strips.span))
 
 
@@ -110,7 +109,7 @@ def plan_wgmma_first(
     least = min(plan.seconds for plan in plans)
     near = (plan for plan in plans if plan.seconds <= CHOICE_FACTOR * least)
     best = min(near, key=lambda plan: plan.cost.flops if plan.cost else 0)
-    lost = (plan if isinstance(plan, str) else wgmma._slower(plan) for plan in found if plan is not best)
+    lost = (plan if isinstance(plan, str) else plan.prediction for plan in found if plan is not best)
     return dataclasses.replace(best, rejected=tuple(lost))
 
 
@@ -127,7 +126,7 @@ def _require(form: Form, element: Element, aligned: tuple[int, ...], limits: Dev
         raise PlanError("warpgroups: there are no products")
     if max(shape.strides) > MAP_STEP:
         raise PlanError(f"warpgroups: the copy engine takes strides up to {MAP_STEP}, not {shape.strides}")
-    if wgmma._furthest(shape) > INT32_MAX:
+    if wgmma.furthest(shape) > INT32_MAX:
         raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
     if shape.in_size[-1] % 8 or form.w_pitch % 8:
         raise PlanError(
@@ -166,13 +165,14 @@ def _candidate(
         return f"{name}: a group has {channels} channels"
     taps = math.prod(shape.kernel_size)
     stage = (bm + bn) * bk * element.bytes
-    stages = min(wgmma.MOST_STAGES, (limits.shared_bytes - wgmma.RESULT_BYTES) // (stage + wgmma.BARRIER_BYTES))
+    result = wgmma.RESULT_ROWS * (wgmma.RESULT_BYTES + wgmma.RESULT_PADDING * element.bytes)
+    stages = min(wgmma.MOST_STAGES, (limits.shared_bytes - result) // (stage + wgmma.BARRIER_BYTES))
     if stages < 2:
         return f"{name}: {limits.name} has no shared memory for two stages"
-    shared_bytes = stages * (stage + wgmma.BARRIER_BYTES) + wgmma.RESULT_BYTES
+    shared_bytes = stages * (stage + wgmma.BARRIER_BYTES) + result
 
     strips = choose_strips(shape.batch, shape.out_size, shape.strides, bn)
-    maps = (_map_of_x(shape, dtype, strips, bk), wgmma._map_of_w(form, dtype, bk))
+    maps = (_map_of_x(shape, dtype, strips, bk), wgmma.map_of_w(form, dtype, bm, bk))
     for each in maps:
         if problem := each.problem():
             return f"{name}: no tensor map, {problem}"
@@ -183,12 +183,12 @@ def _candidate(
     # Blocks that run together take about as many different rows as columns, so that they share both in the L2 cache.
     band = min(tiles_m, max(1, math.isqrt(limits.multiprocessors * bn // bm)))
     sizes, shift = (form.upsampled[0], form.upsampled[3][-1]) if form.upsampled else (shape.out_size, 0)
-    x_size = shape.batch * math.prod(shape.in_size) * shape.in_channels
     width = index_bytes(2 * form.count, tiles + blocks, steps)
-    least_bytes = (x_size + form.depth * filters * shape.groups + form.count) * element.bytes
     work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
-    copied = bm + strips.spans * strips.beside * strips.span
-    cost = _cost(limits, (bm, bn, gm, gn, bk), copied, tiles, steps, work, least_bytes)
+    copied = (bm + strips.spans * strips.beside * strips.span) * bk * element.bytes * steps
+    rounds = -(-tiles // limits.multiprocessors)
+    tile = bm, bn, gm, gn, bk
+    cost = wgmma.cost_of(form, element, limits, tile, (rounds, steps, 1), copied, work, tiles * copied)
     return LaunchPlan(
         kernel="conv_wgmma_first",
         constants=(
@@ -239,34 +239,6 @@ def _candidate(
         cost=cost,
         maps=maps,
     )
-
-
-def _cost(
-    limits: DeviceLimits,
-    sizes: tuple[int, int, int, int, int],
-    copied: int,
-    tiles: int,
-    steps: int,
-    work: tuple[int, int],
-    least_bytes: int,
-) -> Cost:
-    """Of rows and columns `copied` a step; `work`: operations done and needed."""
-    bm, bn, gm, gn, bk = sizes
-    clock, row_bytes = limits.clock, 2 * bk
-    tensor = 2 * bm * bn * bk / (limits.fp16_rate * wgmma.RATE_SHARE / limits.multiprocessors)
-    # A product of 64 rows reads them, and all columns of the warpgroup.
-    read = bm // gm * (bn // gn) * (gm // 64) * (64 + gn) * row_bytes
-    shared = (read + copied * row_bytes) / wgmma.SHARED_BYTES_A_CYCLE / clock
-    rounds = -(-tiles // limits.multiprocessors)
-    step = max(tensor, shared, wgmma.LEAST_CYCLES / clock)
-    busy = (rounds * steps + wgmma.START_STEPS) * step + rounds * bm * bn * wgmma.CYCLES_A_SUM / clock
-    moved = tiles * steps * copied * row_bytes
-    times = {
-        "tensor cores" if tensor >= shared else "shared memory": busy,
-        "L2 cache": moved / (L2_FACTOR * limits.bandwidth),
-        "memory": least_bytes / limits.bandwidth,
-    }
-    return slowest(*work, moved, least_bytes, times)
 
 
 def _map_of_x(shape: ConvShape, dtype: str, strips: Strips, bk: int) -> TensorMap:
