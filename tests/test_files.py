@@ -20,7 +20,7 @@ from layer_cases import PLAIN
 from strategies import examples
 from test_weights import model_of_everything
 
-from cuconv import layers
+from cuconv import cli, layers
 from cuconv.files import keras
 from cuconv.models import Input, Sequential, load_model, load_weights, save_weights
 
@@ -449,3 +449,24 @@ def test_an_interrupted_write_leaves_the_old_file(suffix, tmp_path, monkeypatch)
             with pytest.raises(OSError, match="disk full"):
                 save(path)
         assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+# --- The command line --------------------------------------------------------------------------------------------
+
+
+@each_model_format
+def test_commands_take_models_of_keras(suffix, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = randomized(model_of_everything())
+    model.save(f"m.{suffix}")
+    x = np.random.default_rng(0).standard_normal((5, 12, 4)).astype("f")
+    np.save("x.npy", x)
+    assert cli.main(["run", f"m.{suffix}", "x.npy", "-o", "y.npy"]) == 0
+    assert_close(np.load("y.npy"), model(x).astype("f8"), dtype="float32", terms=100)
+    capsys.readouterr()
+    Path(f"bad.{suffix}").write_bytes(Path(f"m.{suffix}").read_bytes()[:-9])
+    assert cli.main(["run", f"bad.{suffix}", "x.npy", "-o", "z.npy"]) == 1
+    assert "not an intact Keras file" in capsys.readouterr().err and not Path("z.npy").exists()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert cli.main(["run", f"m.{suffix}", "x.npy", "-o", "z.npy"]) == 1
+    assert 'pip install "cuconv[files]"' in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from compare import assert_close
-from layer_cases import CASES
+from layer_cases import CASES, PLAIN, WEIGHTED
 from test_models_keras import Ours, data_for, deferred, each_model, keras, run
 
 from cuconv import layers, models
@@ -69,8 +69,11 @@ def test_weights_both_ways(make, suffix, tmp_path):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.note != "bicubic-first"], ids=lambda case: case.id)
-@each_model_format
+EVERY = [(case, "keras") for case in CASES if case.note != "bicubic-first"]
+EVERY += [(case, "h5") for case in PLAIN if case in WEIGHTED]
+
+
+@pytest.mark.parametrize("case, suffix", EVERY, ids=lambda value: getattr(value, "id", value))
 def test_every_layer_both_ways(case, suffix, tmp_path):
     x = keras.Input(case.shape[1:])
     theirs = randomized(keras.Model(x, getattr(keras.layers, case.layer)(**case.arguments)(x)))
