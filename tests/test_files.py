@@ -307,6 +307,19 @@ def test_weights_go_by_name_where_names_agree_and_by_order_else(tmp_path):
     assert [w.flat[0] for w in model.weights] == [2, 0, 1, 0]
 
 
+def test_what_is_not_trained_comes_last_in_a_nested_model(tmp_path):
+    part = Sequential([layers.Conv1D(2, 1, name="a", trainable=False), layers.Conv1D(2, 1, name="b")], name="part")
+    model = Sequential([Input((5, 2)), part])
+    trained = [("b/kernel", np.full((1, 2, 2), 3, "f")), ("b/bias", np.full(2, 4, "f"))]
+    frozen = [("a/kernel", np.full((1, 2, 2), 1, "f")), ("a/bias", np.full(2, 2, "f"))]
+    load_weights(model, legacy(tmp_path / "w.h5", [("part", trained + frozen)]))
+    assert [w.flat[0] for w in model.weights] == [1, 2, 3, 4]
+    save_weights(model, tmp_path / "n.h5")
+    with h5py.File(tmp_path / "n.h5") as file:
+        names = ["part/b/kernel", "part/b/bias", "part/a/kernel", "part/a/bias"]
+        assert list(file["part"].attrs["weight_names"]) == [name.encode() for name in names]
+
+
 def test_long_lists_of_names(tmp_path):
     """Keras splits a list that does not fit an attribute."""
     names = [f"{'n' * 3000}{i}" for i in range(30)]

@@ -152,6 +152,20 @@ def test_unsupported_layers_are_all_named(tmp_path):
             models.load_model(tmp_path / f"m.{suffix}")
 
 
+def test_frozen_layers_of_a_nested_model(tmp_path):
+    def make(k):
+        part = k.Sequential([k.Input((8, 2)), k.layers.Conv1D(2, 1, trainable=False), k.layers.Conv1D(2, 1)])
+        return k.Sequential([k.Input((8, 2)), part])
+
+    ours, theirs = make(Ours), randomized(make(keras))
+    theirs.save(tmp_path / "m.h5")
+    models.load_weights(ours, tmp_path / "m.h5")
+    assert_same(ours, theirs)
+    assert_same(models.load_model(tmp_path / "m.h5"), theirs)
+    ours.save(tmp_path / "n.h5")
+    assert_same(ours, keras.models.load_model(tmp_path / "n.h5", compile=False))
+
+
 def test_a_layer_shared_between_models(tmp_path):
     def make(k):
         shared = k.layers.Conv1D(2, 3, padding="same", name="shared")
