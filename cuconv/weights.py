@@ -145,8 +145,7 @@ def load_model(path: PathLike, create: Callable[[Mapping[str, Any]], Any], custo
         own = model._named_weights()
         arrays = _read(place, model, {name: weight.value for name, weight in own.items()}, stored)
     for name, weight in own.items():
-        # Several paths may lead to one weight, and its array must be one of its own that can be written.
-        weight.value = np.array(arrays[name], weight.value.dtype, order="C")
+        weight.value = np.require(arrays.pop(name), weight.value.dtype, ["C", "W"])
     return model
 
 

@@ -20,7 +20,7 @@ from layer_cases import PLAIN
 from strategies import examples
 from test_weights import model_of_everything
 
-from cuconv import layers
+from cuconv import cli, layers
 from cuconv.files import keras
 from cuconv.models import Input, Sequential, load_model, load_weights, save_weights
 
@@ -307,6 +307,19 @@ def test_weights_go_by_name_where_names_agree_and_by_order_else(tmp_path):
     assert [w.flat[0] for w in model.weights] == [2, 0, 1, 0]
 
 
+def test_what_is_not_trained_comes_last_in_a_nested_model(tmp_path):
+    part = Sequential([layers.Conv1D(2, 1, name="a", trainable=False), layers.Conv1D(2, 1, name="b")], name="part")
+    model = Sequential([Input((5, 2)), part])
+    trained = [("b/kernel", np.full((1, 2, 2), 3, "f")), ("b/bias", np.full(2, 4, "f"))]
+    frozen = [("a/kernel", np.full((1, 2, 2), 1, "f")), ("a/bias", np.full(2, 2, "f"))]
+    load_weights(model, legacy(tmp_path / "w.h5", [("part", trained + frozen)]))
+    assert [w.flat[0] for w in model.weights] == [1, 2, 3, 4]
+    save_weights(model, tmp_path / "n.h5")
+    with h5py.File(tmp_path / "n.h5") as file:
+        names = ["part/b/kernel", "part/b/bias", "part/a/kernel", "part/a/bias"]
+        assert list(file["part"].attrs["weight_names"]) == [name.encode() for name in names]
+
+
 def test_long_lists_of_names(tmp_path):
     """Keras splits a list that does not fit an attribute."""
     names = [f"{'n' * 3000}{i}" for i in range(30)]
@@ -449,3 +462,24 @@ def test_an_interrupted_write_leaves_the_old_file(suffix, tmp_path, monkeypatch)
             with pytest.raises(OSError, match="disk full"):
                 save(path)
         assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+# --- The command line --------------------------------------------------------------------------------------------
+
+
+@each_model_format
+def test_commands_take_models_of_keras(suffix, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = randomized(model_of_everything())
+    model.save(f"m.{suffix}")
+    x = np.random.default_rng(0).standard_normal((5, 12, 4)).astype("f")
+    np.save("x.npy", x)
+    assert cli.main(["run", f"m.{suffix}", "x.npy", "-o", "y.npy"]) == 0
+    assert_close(np.load("y.npy"), model(x).astype("f8"), dtype="float32", terms=100)
+    capsys.readouterr()
+    Path(f"bad.{suffix}").write_bytes(Path(f"m.{suffix}").read_bytes()[:-9])
+    assert cli.main(["run", f"bad.{suffix}", "x.npy", "-o", "z.npy"]) == 1
+    assert "not an intact Keras file" in capsys.readouterr().err and not Path("z.npy").exists()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert cli.main(["run", f"m.{suffix}", "x.npy", "-o", "z.npy"]) == 1
+    assert 'pip install "cuconv[files]"' in capsys.readouterr().err

@@ -74,6 +74,8 @@ HDF5 = {
     "other shape": replaced(shape=(2, 2, 4), data=np.ones((2, 2, 4), "f")),
     "huge and without data": replaced(shape=(10**6, 10**6, 10**4)),
     "integers": replaced(data=np.ones((2, 2, 3), "i4"), dtype="i4"),
+    "short integers": replaced(data=np.ones((2, 2, 3), "i2"), dtype="i2"),
+    "other opaque bytes": replaced(data=np.ones((2, 2, 3), "f").view("V4"), dtype="V4"),
     "references": replaced(dtype=h5py.ref_dtype),
     "texts": replaced(dtype=h5py.string_dtype()),
     "records": replaced(dtype=np.dtype([("a", "f4"), ("b", "i4")])),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from compare import assert_close
-from layer_cases import CASES
+from layer_cases import CASES, PLAIN, WEIGHTED
 from test_models_keras import Ours, data_for, deferred, each_model, keras, run
 
 from cuconv import layers, models
@@ -69,8 +69,11 @@ def test_weights_both_ways(make, suffix, tmp_path):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.note != "bicubic-first"], ids=lambda case: case.id)
-@each_model_format
+EVERY = [(case, "keras") for case in CASES if case.note != "bicubic-first"]
+EVERY += [(case, "h5") for case in PLAIN if case in WEIGHTED]
+
+
+@pytest.mark.parametrize("case, suffix", EVERY, ids=lambda value: getattr(value, "id", value))
 def test_every_layer_both_ways(case, suffix, tmp_path):
     x = keras.Input(case.shape[1:])
     theirs = randomized(keras.Model(x, getattr(keras.layers, case.layer)(**case.arguments)(x)))
@@ -147,6 +150,20 @@ def test_unsupported_layers_are_all_named(tmp_path):
         theirs.save(tmp_path / f"m.{suffix}")
         with pytest.raises(ValueError, match=r"'inside' \(Dense\), 'a' \(Dense\), 'b' \(Flatten\).*Received: path"):
             models.load_model(tmp_path / f"m.{suffix}")
+
+
+def test_frozen_layers_of_a_nested_model(tmp_path):
+    def make(k):
+        part = k.Sequential([k.Input((8, 2)), k.layers.Conv1D(2, 1, trainable=False), k.layers.Conv1D(2, 1)])
+        return k.Sequential([k.Input((8, 2)), part])
+
+    ours, theirs = make(Ours), randomized(make(keras))
+    theirs.save(tmp_path / "m.h5")
+    models.load_weights(ours, tmp_path / "m.h5")
+    assert_same(ours, theirs)
+    assert_same(models.load_model(tmp_path / "m.h5"), theirs)
+    ours.save(tmp_path / "n.h5")
+    assert_same(ours, keras.models.load_model(tmp_path / "n.h5", compile=False))
 
 
 def test_a_layer_shared_between_models(tmp_path):

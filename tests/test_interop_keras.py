@@ -792,9 +792,9 @@ def test_custom_objects_are_handed_on():
 def test_every_unknown_layer_is_named():
     inner = keras.Sequential([keras.Input((6, 2)), K.Dense(2, name="deep")], name="inner")
     model = keras.Sequential([keras.Input((6, 2)), K.Conv1D(2, 1), inner, Doubled(2, 1, name="own"), K.Flatten()])
-    with pytest.raises(ValueError, match=r"Received: deep \(Dense.*, own \(Doubled.*, flatten \(Flatten"):
+    with pytest.raises(ValueError, match=r"layers 'deep' \(Dense\), 'own' \(.*Doubled\), 'flatten.*' \(Flatten\)$"):
         from_keras(model)
-    with pytest.raises(ValueError, match=r"residual \(Residual"):
+    with pytest.raises(ValueError, match=r"Residual$"):
         from_keras(Residual())
     with pytest.raises(TypeError, match="must be a layer or model of Keras. Received: Conv1D"):
         from_keras(cuconv.layers.Conv1D(1, 1))
@@ -802,11 +802,16 @@ def test_every_unknown_layer_is_named():
     class Own(cuconv.layers.Conv1D):
         pass
 
+    theirs = Doubled(2, 1)
+    theirs.build((None, 6, 2))
+    mine = from_keras(theirs, {"Doubled": Own})
+    assert type(mine) is Own and np.array_equal(mine.get_weights()[0], theirs.get_weights()[0])
+    assert type(to_keras(mine, {"Own": Doubled})) is Doubled
     ours = cuconv.Sequential([Own(2, 1, name="own"), cuconv.layers.Conv1D(2, 1, dtype="complex64", name="complex")])
-    with pytest.raises(ValueError, match=r"Received: own \(Own, float32\), complex \(Conv1D, complex64\)"):
+    with pytest.raises(ValueError, match=r"layers 'own' \(Own, float32\), 'complex' \(Conv1D, complex64\)$"):
         to_keras(ours)
     for convert, library in ((from_keras, K), (to_keras, cuconv.layers)):
-        with pytest.raises(ValueError, match=r"Received: mine \(Conv1D, float32\)"):
+        with pytest.raises(ValueError, match=r"does not have the layers 'mine' \(.*Conv1D"):
             convert(type("Conv1D", (library.Conv1D,), {})(2, 1, name="mine"))
     with pytest.raises(TypeError, match="must be a layer or model of cuconv"):
         to_keras(K.Conv1D(1, 1))

@@ -5,13 +5,14 @@ The configurations are those that :mod:`cuconv.layers` reads and writes anyway; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from cuconv import layers
+from cuconv.files.keras import check_classes
 from cuconv.models import Model, Sequential
 
 
@@ -32,8 +33,8 @@ def from_keras(layer_or_model: Any, custom_objects: Mapping[str, Any] | None = N
         raise TypeError(
             f"`layer_or_model` must be a layer or model of Keras. Received: {type(layer_or_model).__name__}"
         )
-    _refuse(layer_or_model, _of_keras, "cuconv has no counterpart of these")
     config = _without_lora(keras.saving.serialize_keras_object(layer_or_model))
+    check_classes(config, custom_objects or ())
     ours = layers.deserialize(config, custom_objects)
     if layer_or_model.weights and not ours.built:
         ours.build(layer_or_model.get_build_config()["input_shape"])
@@ -60,33 +61,21 @@ def to_keras(layer_or_model: Any, custom_objects: Mapping[str, Any] | None = Non
         raise TypeError(
             f"`layer_or_model` must be a layer or model of cuconv. Received: {type(layer_or_model).__name__}"
         )
-    _refuse(layer_or_model, _of_ours, "Keras has no counterpart of these")
+    unknown = [each for each in _all_layers(layer_or_model) if not _is_of_keras(each, custom_objects or ())]
+    if unknown:
+        names = (f"{each.name!r} ({type(each).__name__}, {each.compute_dtype})" for each in unknown)
+        raise ValueError(f"Keras does not have the layers {', '.join(dict.fromkeys(names))}")
     theirs = keras.saving.deserialize_keras_object(layers.serialize(layer_or_model), custom_objects)
     for ours, leaf in _leaf_pairs(layer_or_model, theirs):
         leaf.set_weights(ours.get_weights())
     return theirs
 
 
-def _refuse(whole: Any, known: Any, complaint: str) -> None:
-    """Names every layer of `whole` that is not `known`."""
-    unknown = [
-        f"{each.name} ({type(each).__name__}, {each.compute_dtype})" for each in _all_layers(whole) if not known(each)
-    ]
-    if unknown:
-        raise ValueError(f"{complaint}. Received: {', '.join(dict.fromkeys(unknown))}")
-
-
-def _of_keras(layer: Any) -> bool:
-    cls, name = type(layer), type(layer).__name__
-    if name == "Functional":
-        return cls.__module__.startswith("keras.")
-    return cls is keras.Sequential or (getattr(keras.layers, name, None) is cls and hasattr(layers, name))
-
-
-def _of_ours(layer: layers.Layer) -> bool:
+def _is_of_keras(layer: layers.Layer, custom_names: Collection[str]) -> bool:
+    """Whether Keras has the class and the dtype of a layer of ours."""
     cls, name = type(layer), type(layer).__name__
     own = cls in (Model, Sequential) or (getattr(layers, name, None) is cls and hasattr(keras.layers, name))
-    return own and not layer.compute_dtype.startswith("complex")
+    return (own or name in custom_names) and not layer.compute_dtype.startswith("complex")
 
 
 def _all_layers(layer: Any) -> Iterator[Any]:
