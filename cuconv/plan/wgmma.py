@@ -79,7 +79,8 @@ BARRIER_BYTES = 2 * 8  # of a stage
 
 RATE_SHARE = 0.8  # of the tensor cores' rate, that large products reach
 SHARED_BYTES_A_CYCLE = 128
-CYCLES_A_SUM = 0.03  # of a multiprocessor, from sums to y
+# Of a multiprocessor, from sums to y: 1279 instructions of each of two warps a quarter of it, for 128 x 256 of them.
+CYCLES_A_SUM = 0.08
 LEAST_CYCLES = 150  # of a step: barriers and descriptors
 START_STEPS = 2  # of a block, until the first copies have arrived
 LITTLE_WASTE = 1.03  # rows of all tiles over positions: the copy engine takes long rows faster than short ones
