@@ -608,8 +608,10 @@ def test_plans_for_every_device(dtype, device):
         assert plan.reason and plan.rejected and str(plan)
         assert plan.cost.flops >= plan.cost.least_flops > 0 and np.isfinite(plan.cost.seconds)
         grad = plan_conv_module.plan_kernel_grad(shape, dtype, (0, 0, 0), 64 << 20, limits)
-        splits, chunk = 1 if grad.reduce is None else grad.reduce.integers[0], grad.grad.integers[1]
-        assert (splits - 1) * chunk < shape.batch * prod(shape.out_size) <= splits * chunk
+        splits = 1 if grad.reduce is None else grad.reduce.integers[0]
+        whole, chunk = grad.grad.integers[:2]  # of positions, or of boxes of them
+        assert whole == shape.batch * prod(shape.out_size) or grad.grad.kernel == "kernel_grad_wgmma"
+        assert (splits - 1) * chunk < whole <= splits * chunk
         assert grad.partial * ELEMENTS[dtype].sum_bytes <= 64 << 20
         assert transpose.plan_transpose(shape, dtype, "linear", (0, 0, 0), limits).parts
 

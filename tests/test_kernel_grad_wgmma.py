@@ -117,7 +117,7 @@ def cases(mode, tile, rank):
         return
     d = 8 if mode == "halo of rows" else 1
     wide = 9 if of == "places" else 3
-    sizes = {1: (71,), 2: (wide, 23), 3: (2, wide, 11)}[rank]
+    sizes = {1: (71,), 2: (wide, 13), 3: (2, wide, 6)}[rank]
     # More channels and filters than a tile has; padding; parts that end where they end.
     yield *shapes(sizes, channels, taps, filters), 3, {"padding": "same", "dilation_rate": (*last, d)}
     # Groups whose channels and filters end inside of a slice, with dilation.
@@ -126,7 +126,11 @@ def cases(mode, tile, rank):
     strides = (3, 2)[-rank:] if rank < 3 else (1, 3, 2)
     if kind == "reload" or (of != "rows" and grads.tap_counts(5, *tile)[0] > strides[-1]):
         # Each axis at a stride of its own; a halo is of taps that meet every second place.
-        yield *shapes([3 * n for n in sizes], 8, (*taps[:-1], 5), 8), 2, {"padding": "same", "strides": strides}
+        yield (
+            *shapes([stride * n for stride, n in zip(strides, sizes)], 8, (*taps[:-1], 5), 8),
+            2,
+            {"padding": "same", "strides": strides},
+        )
     if mode == "reload of rows":
         yield *shapes((1,) * rank, 16, taps, 16, batch=1), 1, {"padding": "same"}
     if rank == 1 and of in ("items", "rows"):
