@@ -157,7 +157,13 @@ def test_a_training_step_by_our_kernels(name, layout, monkeypatch):
 
 # --- On a GPU ----------------------------------------------------------------------------------------------------
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+def needs_cuda(test):
+    """Marks a test for `make test-gpu`; benchmarks/gpu.sh, whose time is short, leaves it out."""
+    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+    return pytest.mark.gpu(without(test))
+
+
 MODULES = (
     lambda **options: bridge.Conv1d(16, 24, 3, stride=2, padding=1, **options),
     lambda **options: bridge.Conv2d(16, 24, 3, dilation=2, groups=2, **options),
@@ -175,7 +181,6 @@ def answers(module, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
 
-@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("make", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -197,7 +202,6 @@ def test_a_gpu_gives_the_answers_of_the_cpu(make, dtype, layout):
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.gpu
 @needs_cuda
 def test_streams_of_torch_wait_for_nothing_else():
     """Long work on another stream, and a result that is needed on that stream only."""
@@ -214,7 +218,6 @@ def test_streams_of_torch_wait_for_nothing_else():
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.gpu
 @needs_cuda
 def test_a_cuda_graph_of_torch_holds_our_kernels():
     layer, x = bridge.ConvTranspose1d(16, 8, 4, stride=2, device="cuda"), torch.randn(2, 16, 64, device="cuda")
