@@ -202,6 +202,21 @@ def test_safetensors_files_name_weights_by_path(tmp_path):
     assert np.array_equal(found["shared/kernel"], model.get_layer("shared").kernel)
 
 
+def test_weights_have_the_dtype_of_the_config(tmp_path):
+    """Whatever the file's: other sizes and other byte orders are cast."""
+    model = randomized(Sequential([Input((5, 2)), layers.Conv1D(3, 2, name="c")]))
+    model.save(tmp_path / "m.h5")
+    place = "model_weights/c/c/kernel"
+    for dtype in (">f4", "<f8", ">f8"):
+        with h5py.File(tmp_path / "m.h5", "a") as file:
+            values = file[place][()].astype(dtype)
+            del file[place]
+            file[place] = values
+        again = load_model(tmp_path / "m.h5")
+        assert again.weights[0].dtype == np.float32 and again.weights[0].dtype.isnative
+        assert same_bytes(again, model) and all(w.flags.writeable for w in again.weights)
+
+
 def test_float32_files_load_into_other_dtypes(tmp_path):
     def make(dtype):
         return Sequential([Input((5, 2)), layers.Conv1D(3, 2, dtype=dtype, name="c")])
