@@ -217,6 +217,13 @@ def test_weights_have_the_dtype_of_the_config(tmp_path):
         assert same_bytes(again, model) and all(w.flags.writeable for w in again.weights)
 
 
+def test_bfloat16_is_marked_as_keras_marks_it(tmp_path):
+    Sequential([Input((5, 2)), layers.Conv1D(3, 2, dtype="bfloat16")]).save_weights(tmp_path / "w.weights.h5")
+    with h5py.File(tmp_path / "w.weights.h5") as file:
+        stored = file["layers/conv1d/vars/0"]
+        assert (stored.dtype, stored.attrs["dtype"]) == (np.dtype("V2"), "bfloat16")
+
+
 def test_float32_files_load_into_other_dtypes(tmp_path):
     def make(dtype):
         return Sequential([Input((5, 2)), layers.Conv1D(3, 2, dtype=dtype, name="c")])
