@@ -202,6 +202,18 @@ def test_hostile_zip(changes, tmp_path):
         load_model(tmp_path / "m.keras")
 
 
+def test_long_configs_are_not_read(tmp_path):
+    small().save(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "a") as file:
+        config = file.attrs["model_config"] + " " * (17 << 20)
+        file.attrs["model_config"] = config
+    with pytest.raises(ValueError, match="its config has .* more than 16777216"):
+        load_model(tmp_path / "m.h5")
+    rezip(tmp_path / "m.keras", {"config.json": config.encode()})
+    with pytest.raises(ValueError, match="config.json has more than 16777216"):
+        load_model(tmp_path / "m.keras")
+
+
 @pytest.mark.parametrize("name", ["../../evil.py", "/etc/evil", "C:\\evil", "a/../../b", "evil\x00.py", "assets/x"])
 def test_other_members_are_never_touched(name, tmp_path):
     """Nothing is extracted, so their names mean nothing."""
@@ -333,6 +345,12 @@ def test_hostile_safetensors(data, tmp_path):
     with pytest.raises(ValueError, match=f"Received: path='{path}'$"):
         load_weights(model, path)
     assert np.all(model.weights[0] == 1)
+
+
+def test_long_headers_are_not_read(tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(TENSORS["a header beyond the limit"])
+    with pytest.raises(ValueError, match="its header has .* more than 16777216"):
+        load_weights(small(), tmp_path / "m.safetensors")
 
 
 # --- Two hundred damaged files -----------------------------------------------------------------------------------

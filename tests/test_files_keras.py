@@ -17,7 +17,6 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def names_start_again():
-    keras.backend.clear_session()
     layers.reset_names()
 
 

@@ -46,7 +46,7 @@ exits with 1 where a time has grown: the ranges from 10 % to 90 % do not meet an
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument(
-        "subject", metavar="LAYER|MODEL.npz", help=f"{', '.join(bench.LAYERS)}; or a file written by Model.save"
+        "subject", metavar="LAYER|MODEL", help=f"{', '.join(bench.LAYERS)}; or a .npz, .keras or .h5 file"
     )
     layer.add_arguments(parser)
     parser.add_argument("--batch-size", type=positive, metavar="N", help="of a model, instead of --shape (default 32)")

@@ -27,25 +27,33 @@ from cuconv.layers.conv_lstm import ConvLSTM
 
 KERAS_VERSION = "3.15.1"  # whose files these are
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
+LAYERS, LAYERS_OF_KERAS_2 = (
+    "layers",
+    "_layer_checkpoint_dependencies",
+)  # the latter in .weights.h5 files of 2.13 to 2.15
 MODEL_CLASSES = ("Functional", "Sequential", "Model")
 
 
 # --- Layers in Keras 3's order -----------------------------------------------------------------------------------
 
 
-def saved_places(layer: Layer, prefix: str = "", path: str = "", seen: set[Layer] | None = None) -> Iterator[Any]:
+def saved_places(layer: Layer, word: str = LAYERS) -> Iterator[tuple[str, str, Layer]]:
     """For each layer once, its group in a ``.weights.h5``, the prefix of its weights' names, and itself."""
-    seen = set() if seen is None else seen
-    if layer in seen:
-        return
-    seen.add(layer)
-    yield path, prefix, layer
-    counts: dict[str, int] = {}
-    for part in _sublayers(layer):
-        stem = name_stem(layers.class_name(part))
-        number = counts[stem] = counts.get(stem, -1) + 1
-        place = f"{path}/layers/{stem}_{number}" if number else f"{path}/layers/{stem}"
-        yield from saved_places(part, f"{prefix}{part.name}/", place.lstrip("/"), seen)
+    seen: set[Layer] = set()
+
+    def visit(layer: Layer, path: str, prefix: str) -> Iterator[tuple[str, str, Layer]]:
+        if layer in seen:
+            return
+        seen.add(layer)
+        yield path, prefix, layer
+        counts: dict[str, int] = {}
+        for part in _sublayers(layer):
+            stem = name_stem(layers.class_name(part))
+            number = counts[stem] = counts.get(stem, -1) + 1
+            place = f"{path}/{word}/{stem}_{number}" if number else f"{path}/{word}/{stem}"
+            yield from visit(part, place.lstrip("/"), f"{prefix}{part.name}/")
+
+    return visit(layer, "", "")
 
 
 def _sublayers(layer: Layer) -> list[Layer]:
@@ -76,9 +84,8 @@ def stored_weights(reader: hdf5.Reader, layer: Layer) -> dict[str, Stored]:
 def _by_place(reader: hdf5.Reader, layer: Layer) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     root = reader.root
-    # TensorFlow's Keras 2.13 to 2.15 had another word for the same.
-    word = "layers" if reader.group(root, "layers") is not None else "_layer_checkpoint_dependencies"
-    places = [(path.replace("layers", word), prefix, each) for path, prefix, each in saved_places(layer)]
+    word = LAYERS if reader.group(root, LAYERS) is not None else LAYERS_OF_KERAS_2
+    places = list(saved_places(layer, word))
     known = {path for path, _, _ in places}
     for path, prefix, each in places:
         variables = _variables(each, path)
@@ -120,9 +127,7 @@ def _by_order(reader: hdf5.Reader, root: Any, layer: Layer) -> dict[str, Stored]
         if names := reader.texts(groups[name], "weight_names"):
             listed[name] = names
     if len(listed) != len(own):
-        raise ValueError(
-            f"it has weights of {len(listed)} layers ({', '.join(listed)}), the model of {len(own)} ({', '.join(own)})"
-        )
+        return {f"{name}/{each}": reader.array(groups[name], each) for name in listed for each in listed[name]}
     # Automatic names depend on what else a program made, so Keras goes by the order. Where the names agree they tell.
     pairs = zip(own, own if set(own) == set(listed) else listed, strict=True)
     found: dict[str, Stored] = {}
