@@ -27,24 +27,27 @@
 // Work split
 //   blockIdx.x   every gridDim.x-th tile; parts of K slowest, columns fastest, in bands, so that blocks share rows of x in
 //                the L2 cache. STATIONARY: all tiles of a block have the same columns
-//   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
+//   warpgroups   two multiply, GM x GN sums each, of one tile or, where that is a whole tile, in turns of two; one thread
+//                of the third asks the copy engine for operands
 //
 // Shared memory   two rings, swizzled within their rows: ws [w_stages][BN / 64, rounded up][BK][64], of float
 //   [w_stages][BN][BK]; xs [stages][stage_rows][BK]. STATIONARY: ws has a stage for each step, filled once. Then 16 rows
-//   of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again. Rows of xs that no
-//   box fills, for want of positions, stay zero.
+//   of y for each warp that multiplies, two barriers a stage: it is full, and it is empty again; and one for the turn of
+//   each warpgroup. Rows of xs that no box fills, for want of positions, stay zero.
 
 #include "conv.cuh"
+#include "warpgroups.cuh"
 
 // Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   ACTIVATION
 // HALO (0, or 1 + the axis whose taps share inputs)   PHASE STATIONARY
 constexpr int AXES = RANK + 1 + PHASE;  // of the view
 static_assert(HALO <= RANK && (HALO || !PHASE), "strands are of the halo's axis");
-constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int ROW_BYTES = BK * sizeof(E);
 static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "a row is what a swizzle spans");
-constexpr int GROUPS_N = BN / GN, CONSUMERS = BM / GM * GROUPS_N, THREADS = (CONSUMERS + 1) * GROUP;
-static_assert(CONSUMERS == 2 && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
+constexpr int GROUPS_N = BN / GN, SHARERS = BM / GM * GROUPS_N;  // warpgroups that share a tile
+constexpr bool IN_TURNS = SHARERS == 1;                          // each has tiles of its own
+static_assert((IN_TURNS || SHARERS == CONSUMERS) && GM % 64 == 0, "two warpgroups multiply 64 rows at a time");
+static_assert(!IN_TURNS || !SPLIT, "parts of K differ in their stages, which the other warpgroup must know");
 constexpr int TM = GM / 64;               // products of a warpgroup at one k
 constexpr int STEP = 32 / sizeof(E);      // values of k of a product
 constexpr bool K_MAJOR = sizeof(E) == 4;  // rows of ws are columns of the product: TF32 has no transposed operand
@@ -57,13 +60,6 @@ constexpr int W_COLUMN = K_MAJOR, W_CHANNEL = !K_MAJOR;  // axes of its map
 constexpr int Y_COLUMNS = 128 / sizeof(Y), Y_VECTOR = 16 / sizeof(Y), Y_PITCH = Y_COLUMNS + 8;
 constexpr int Y_BYTES = CONSUMERS * 4 * 16 * Y_PITCH * sizeof(Y);
 
-// Registers of a thread, of the 168 that all have at first.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(GROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536, "more registers than there are");
-
-struct alignas(64) Map {
-  unsigned char bytes[128];
-};
 struct WarpgroupParams {
   Map x_map[1 + PHASE], w_map;  // axes: channels, those of the view, innermost first; columns, channels, taps, of float
                                 // channels first
@@ -164,38 +160,8 @@ struct Tile {
   }
 };
 
-// Stages, one after the other: where the next one lies, its barriers, and the parity of the round it is in.
-struct Ring {
-  unsigned start, stage_bytes, barriers, stages;
-  bool turns;  // else it is filled once, and read again and again
-  unsigned stage = 0, parity = 0;
-
-  __device__ __forceinline__ unsigned memory() const { return start + stage * stage_bytes; }
-  __device__ __forceinline__ unsigned full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ unsigned empty() const { return full() + stages * 8; }
-  __device__ __forceinline__ void next() {
-    if (++stage == stages) stage = 0, parity ^= turns;
-  }
-};
-
-// What a descriptor says besides the address, in units of 16 bytes: the swizzle, from 8 rows to the next 8, and of w from
-// 64 columns to the next 64.
-constexpr unsigned long long SWIZZLE_128 = 1ull << 62, SWIZZLE_64 = 2ull << 62;
-constexpr unsigned long long X_SWIZZLE = ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64;
-constexpr unsigned long long X_LAYOUT = X_SWIZZLE | (8 * ROW_BYTES / 16ull) << 32 | 1ull << 16;
-constexpr unsigned long long W_LAYOUT =
-    K_MAJOR ? X_LAYOUT : SWIZZLE_128 | (8 * 128 / 16ull) << 32 | (SLICE_BYTES / 16ull) << 16;
-
-__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w, half_t) {
-  ptx::multiply_tiles_half<GN>(acc, x, w);
-}
-__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w,
-                                               bfloat_t) {
-  ptx::multiply_tiles_bfloat<GN>(acc, x, w);
-}
-__device__ __forceinline__ void multiply_tiles(float (&acc)[GN / 2], unsigned long long x, unsigned long long w, float) {
-  ptx::multiply_tiles_tf32<GN>(acc, x, w);
-}
+constexpr unsigned long long X_LAYOUT = layout(ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64, 8 * ROW_BYTES, 16);
+constexpr unsigned long long W_LAYOUT = K_MAJOR ? X_LAYOUT : layout(SWIZZLE_128, 8 * 128, SLICE_BYTES);
 
 // Asks for the operands of a tile, each as soon as there is room for it.
 template <bool X, bool W>
@@ -243,9 +209,9 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& ti
   }
 }
 
-// The sums of one tile.
+// The sums of one tile. `turn`: the barrier of the warpgroup that multiplies next, if they take turns.
 __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, const Tile& tile, Ring& xs,
-                                         Ring& ws, int row, int column) {
+                                         Ring& ws, int row, int column, unsigned turn) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
@@ -271,7 +237,7 @@ __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Warpgro
         for (int k = 0; k < BK; k += STEP)
 #pragma unroll
           for (int i = 0; i < TM; ++i)
-            multiply_tiles(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_K_BYTES / 16, E{});
+            multiply_tiles<false>(acc[i], x + (i * 64 * ROW_BYTES + k * sizeof(E)) / 16, w + k * W_K_BYTES / 16, E{});
         ptx::products_commit();
         ptx::products_wait<1>(acc);
         give_back();
@@ -282,6 +248,7 @@ __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Warpgro
       x_before = xs.empty();
       xs.next();
     }
+  if (IN_TURNS && lane == 0) ptx::barrier_arrive(turn);
   ptx::products_wait<0>(acc);
   give_back();
 }
@@ -294,13 +261,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
   const unsigned y_start = x_start + p.stages * x_bytes, barriers = start + y_start + Y_BYTES;
   Ring xs{start + x_start, x_bytes, barriers, unsigned(p.stages), true};
   Ring ws{start, W_BYTES, barriers + unsigned(p.stages) * 16, unsigned(p.w_stages), !STATIONARY};
+  const unsigned turns = barriers + unsigned(p.stages + p.w_stages) * 16;
   if (thread == 0) {
-    for (const Ring& ring : {xs, ws})
-      for (unsigned stage = 0; stage < ring.stages; ++stage) {
-        ptx::barrier_init(ring.full() + stage * 8, 1);
-        ptx::barrier_init(ring.empty() + stage * 8, CONSUMERS * 4);  // each warp that multiplies
-      }
-    ptx::barriers_visible();
+    if constexpr (IN_TURNS)
+      for (int group = 0; group < CONSUMERS; ++group) ptx::barrier_init(turns + group * 8, 4);
+    xs.init(SHARERS);
+    ws.init(SHARERS);
   }
   const int filled = p.pieces * p.piece_rows * (ROW_BYTES / 16), spare = p.stage_rows * (ROW_BYTES / 16) - filled;
   for (int at = thread; at < p.stages * spare; at += THREADS)  // vectors that no box fills
@@ -321,14 +287,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma(const __grid
     ptx::take_registers<CONSUMER_REGISTERS>();
     const int group = __shfl_sync(~0u, thread / GROUP, 0);  // the same for a warp, as the compiler can tell now
     const int warp = thread / 32, lane = thread % 32;
-    const int row = group / GROUPS_N * GM, column = group % GROUPS_N * GN;  // of the tile: this warpgroup's first ones
+    // Of the tile: this warpgroup's first ones.
+    const int row = IN_TURNS ? 0 : group / GROUPS_N * GM, column = IN_TURNS ? 0 : group % GROUPS_N * GN;
     Y* const ys = reinterpret_cast<Y*>(memory + y_start) + warp * 16 * Y_PITCH;
-    for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    // In turns one warpgroup multiplies while the other stores: it begins when the other has waited for all operands of
+    // its tile, and passes over their stages.
+    unsigned turn_parity = !group;
+    const Index begin = IN_TURNS ? group : 0, step = IN_TURNS ? CONSUMERS : 1;
+    const auto pass = [&] { xs.skip(p.part_loads), ws.skip(p.halo_taps * p.loads); };
+    if (begin > 0) pass();
+    for (Index number = blockIdx.x + begin * gridDim.x; number < p.tiles; number += step * gridDim.x) {
       const Tile tile(p, number);
       float acc[TM][GN / 2];
 
       // 2. Multiply-accumulate.
-      multiply(acc, p, tile, xs, ws, row, column);
+      if constexpr (IN_TURNS) ptx::barrier_wait(turns + group * 8, turn_parity);
+      multiply(acc, p, tile, xs, ws, row, column, turns + (1 - group) * 8);
+      if constexpr (IN_TURNS) turn_parity ^= 1, pass();
 
       // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 128 bytes into whole vectors.
       const ResultOf result(p, tile.g);

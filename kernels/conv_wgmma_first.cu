@@ -91,7 +91,7 @@ struct Tile {
 };
 
 // Asks for the operands of all tiles of this block.
-__device__ __forceinline__ void produce(const WarpgroupParams& p, Ring<STAGES> ring) {
+__device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
   const unsigned copy = p.beside * STRIP_BYTES;
   for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number);
@@ -127,7 +127,7 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, Ring<STAGES> r
 }
 
 // The sums of one tile.
-__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring<STAGES>& ring, int row,
+__device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& ring, int row,
                                          int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma_first(const 
   extern __shared__ __align__(1024) unsigned char memory[];
   const int thread = threadIdx.x;
   const unsigned start = ptx::shared_address(memory);
-  Ring<STAGES> ring{start, STAGE_BYTES, start + STAGES * STAGE_BYTES + Y_BYTES};
+  Ring ring{start, STAGE_BYTES, start + STAGES * STAGE_BYTES + Y_BYTES, STAGES};
   if (thread == 0) ring.init();
   const int filled = int(p.spans * p.beside) * STRIP_BYTES, spare = (STRIPS * STRIP_BYTES - filled) / 16;
   for (int at = thread; at < STAGES * spare; at += THREADS)

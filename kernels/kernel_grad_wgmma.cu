@@ -87,7 +87,7 @@ struct Tile {
 };
 
 // Asks for the operands of all steps.
-__device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& tile, Ring<STAGES> ring) {
+__device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& tile, Ring ring) {
   Index at[RANK];
   split(tile.first, p.counts, at);
   for (Index box = tile.first; box < tile.end; ++box) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, const Tile& ti
 
 // The sums of a warpgroup, from its first slice, tap and column on.
 __device__ __forceinline__ void multiply(float (&acc)[PRODUCTS][GN / 2], const WarpgroupParams& p, const Tile& tile,
-                                         Ring<STAGES> ring, int slice, int tap, int column) {
+                                         Ring ring, int slice, int tap, int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < PRODUCTS; ++i)
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel_grad_wgmma(const
   extern __shared__ __align__(1024) unsigned char memory[];
   const int thread = threadIdx.x;
   const unsigned start = ptx::shared_address(memory);
-  const Ring<STAGES> ring{start, unsigned(p.stage_bytes), start + STAGES * unsigned(p.stage_bytes)};
+  const Ring ring{start, unsigned(p.stage_bytes), start + STAGES * unsigned(p.stage_bytes), STAGES};
   if (thread == 0) ring.init();
   __syncthreads();
   const Tile tile(p);

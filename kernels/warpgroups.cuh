@@ -16,22 +16,30 @@ struct alignas(64) Map {
   unsigned char bytes[128];
 };
 
-// The stages, one after the other: where the next one lies, its barriers, and the parity of the round it is in.
-template <int COUNT>
+// Stages, one after the other: where the next one lies, its barriers, and the parity of the round it is in.
 struct Ring {
-  unsigned start, stage_bytes, barriers, stage = 0, parity = 0;
+  unsigned start, stage_bytes, barriers, stages;
+  bool turns = true;  // else it is filled once, and read again and again
+  unsigned stage = 0, parity = 0;
 
   __device__ __forceinline__ unsigned memory() const { return start + stage * stage_bytes; }
   __device__ __forceinline__ unsigned full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ unsigned empty() const { return full() + COUNT * 8; }
+  __device__ __forceinline__ unsigned empty() const { return full() + stages * 8; }
   __device__ __forceinline__ void next() {
-    if (++stage == COUNT) stage = 0, parity ^= 1;
+    if (++stage == stages) stage = 0, parity ^= turns;
   }
-  // Before the first use, by one thread: a stage is full when its copies have come, empty when each warp has left it.
-  __device__ __forceinline__ void init() const {
-    for (int i = 0; i < COUNT; ++i) {
+  // Passes over stages that another warpgroup takes.
+  __device__ __forceinline__ void skip(unsigned count) {
+    stage += count;
+    parity ^= turns && stage / stages % 2;
+    stage %= stages;
+  }
+  // Before the first use, by one thread: a stage is full when its copies have come, empty when each warp of the
+  // warpgroups that share it has left it.
+  __device__ __forceinline__ void init(int warpgroups = CONSUMERS) const {
+    for (unsigned i = 0; i < stages; ++i) {
       ptx::barrier_init(barriers + i * 8, 1);
-      ptx::barrier_init(barriers + (COUNT + i) * 8, CONSUMERS * 4);
+      ptx::barrier_init(barriers + (stages + i) * 8, warpgroups * 4);
     }
     ptx::barriers_visible();
   }
@@ -52,4 +60,8 @@ __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], unsigned long l
 template <bool A_ACROSS, int SUMS>
 __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], unsigned long long a, unsigned long long b, bfloat_t) {
   ptx::multiply_tiles_bfloat<2 * SUMS, A_ACROSS>(d, a, b);
+}
+template <bool A_ACROSS, int SUMS>
+__device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], unsigned long long a, unsigned long long b, float) {
+  ptx::multiply_tiles_tf32<2 * SUMS>(d, a, b);
 }

@@ -447,6 +447,11 @@ def two_groups(runtime):
     Case((1, 40, 128), (3, 64, 48), "bfloat16", padding="same", groups=2).check_forward(runtime)
 
 
+def many_tiles(runtime):
+    """Nine for each block, of more steps than stages, so that warpgroups that take turns have several."""
+    Case((9, 120, 72), (4, 72, 136), "bfloat16", padding="same").check_forward(runtime)
+
+
 def bands(runtime):
     """Of two column tiles and of one."""
     Case((1, 140, 64), (1, 64, 136), "bfloat16", padding="same").check_forward(runtime)
@@ -499,8 +504,9 @@ PLANTS = {
     "the consumers wait for the wrong round of w": (
         "barrier_wait(ws.full(), ws.parity)", "barrier_wait(ws.full(), ws.parity ^ 1)",
         halo, {"deadlock"}),
-    "a round that is not counted": ("stage = 0, parity ^= turns;", "stage = 0;", sequence, {"barrier"}),
-    "weights that stay and come in rounds": ("parity ^= turns;", "parity ^= 1;", staying, {"deadlock"}),
+    "weights that stay and come in rounds": (
+        "unsigned(p.w_stages), !STATIONARY}", "unsigned(p.w_stages), true}",
+        staying, {"deadlock"}),
     "weights of another tile's columns": ("if constexpr (STATIONARY) {", "if constexpr (false) {", staying, {WRONG}),
     "weights that stay of one block alone": ("number == blockIdx.x)", "number == 0)", staying, {"deadlock"}),
     "weights that stay and come again": ("|| number == blockIdx.x)", "|| true)", staying, {"deadlock"}),
@@ -541,7 +547,7 @@ PLANTS = {
     "a stage of x given back each tap": (
         "x_before = 0, w_before = STATIONARY", "x_before = xs.empty(), w_before = STATIONARY",
         staying_halo, {"race"}),
-    "a stage given back by one warpgroup": ("CONSUMERS * 4);", "4);", sequence, {"deadlock"}),
+    "a stage given back by one warpgroup": ("xs.init(SHARERS);", "xs.init(1);", sequence, {"deadlock"}),
     "products that are not waited for": ("products_wait<1>(acc);", "products_wait<2>(acc);", sequence, {"race"}),
     "sums before they are there": ("products_wait<0>(acc);", "products_wait<1>(acc);", sequence, {"pending"}),
     "no fence before products": ("        ptx::products_fence();\n", "", sequence, {"fence"}),
@@ -561,9 +567,9 @@ PLANTS = {
     "items behind the last": (" && b < p.batch", "", few_positions, {"bounds"}),
     "positions behind the last": ("inside = inside && within(to[a], p.out[a]);", "", sequence, {"race"}),
     "rows 8 too far apart": (
-        "X_SWIZZLE | (8 * ROW_BYTES", "X_SWIZZLE | (16 * ROW_BYTES",
+        "SWIZZLE_64, 8 * ROW_BYTES", "SWIZZLE_64, 16 * ROW_BYTES",
         sequence, {"uninitialised"}),
-    "columns too close": ("(SLICE_BYTES / 16ull) << 16", "(SLICE_BYTES / 32ull) << 16", bands, {WRONG}),
+    "columns too close": ("8 * 128, SLICE_BYTES)", "8 * 128, SLICE_BYTES / 2)", bands, {WRONG}),
     "the k of the step before": ("w + k * W_K_BYTES / 16", "w + k / 2 * W_K_BYTES / 16", sequence, {WRONG}),
     "y before it is there": (
         "          __syncwarp();\n          const Index n", "          const Index n",
@@ -575,8 +581,27 @@ PLANTS = {
         "acc[i][(q + j) / 2 + half * 2 + e]", "acc[i][(q + j) / 2 + e * 2 + half]",
         sequence, {WRONG}),
     "columns of the first band": ("n0 = (first + tile % wide)", "n0 = (tile % wide)", bands, {"race"}),
+    "both warpgroups in one turn": (
+        "if constexpr (IN_TURNS) ptx::barrier_wait(turns + group * 8, turn_parity);", "",
+        many_tiles, {"race"}),
+    "one's own turn again": ("turns + (1 - group) * 8", "turns + group * 8", many_tiles, {"deadlock"}),
+    "the second warpgroup first": ("turn_parity = !group", "turn_parity = group", many_tiles, {"race"}),
+    "stages of the other's tile": ("turn_parity ^= 1, pass()", "turn_parity ^= 1", many_tiles, {"deadlock"}),
+    "one's own tile in the other's stages": ("if (begin > 0) pass();", "", many_tiles, {"deadlock"}),
+    "weights of the other's tile": ("ws.skip(p.halo_taps * p.loads)", "ws.skip(p.loads)", halo, {"deadlock"}),
+    "a stage that both must leave": ("ws.init(SHARERS);", "ws.init();", many_tiles, {"deadlock"}),
+    "every tile twice": ("Index begin = IN_TURNS ? group : 0", "Index begin = 0", many_tiles, {"deadlock"}),
 }  # fmt: skip
+IN_TURNS = (128, 64, 128, 64)
 OTHER_TILES = {
+    "both warpgroups in one turn": IN_TURNS,
+    "one's own turn again": IN_TURNS,
+    "the second warpgroup first": IN_TURNS,
+    "stages of the other's tile": IN_TURNS,
+    "one's own tile in the other's stages": IN_TURNS,
+    "weights of the other's tile": IN_TURNS,
+    "a stage that both must leave": IN_TURNS,
+    "every tile twice": IN_TURNS,
     "columns too close": (128, 128, 64, 128),
     "y over what is still read": (128, 128, 64, 128),
     "columns that no warpgroup has": (256, 96, 128, 96),

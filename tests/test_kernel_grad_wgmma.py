@@ -394,8 +394,10 @@ PLANTS = {
     "the consumers wait for the wrong round": (
         KERNEL, "barrier_wait(ring.full(), ring.parity)", "barrier_wait(ring.full(), ring.parity ^ 1)",
         sequence, {"race"}),
-    "a round that is not counted": (SHARED, "stage = 0, parity ^= 1;", "stage = 0;", sequence, {"barrier"}),
-    "a stage given back by one warpgroup": (SHARED, "CONSUMERS * 4);", "4);", sequence, {"deadlock"}),
+    "a round that is not counted": (SHARED, "stage = 0, parity ^= turns;", "stage = 0;", sequence, {"barrier"}),
+    "a stage given back by one warpgroup": (
+        SHARED, "int warpgroups = CONSUMERS", "int warpgroups = 1",
+        sequence, {"deadlock"}),
     "barriers that the copy engine does not see": (
         SHARED, "    ptx::barriers_visible();\n", "", sequence, {"fence"}),
     "fewer bytes than come": (

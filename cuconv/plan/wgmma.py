@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from cuconv.plan.conv import Form
 
 ONLY = (9, 0)  # compute capability; later ones have other instructions
-# Rows, columns of a block's tile, then of a warpgroup's; from large to small. 16 to 128 sums a thread.
+# Rows, columns of a tile, then of a warpgroup's share; from large to small. 16 to 128 sums a thread. Where a warpgroup
+# has all of it, the two of a block take turns: one stores its results while the other multiplies.
 TILES: tuple[tuple[int, int, int, int], ...] = (
     (128, 256, 64, 256),
     (256, 128, 128, 128),
@@ -64,8 +65,11 @@ TILES: tuple[tuple[int, int, int, int], ...] = (
     (256, 96, 128, 96),
     (128, 160, 64, 160),
     (128, 128, 64, 128),
+    (128, 128, 128, 128),
+    (64, 256, 64, 256),
     (256, 64, 128, 64),
     (64, 256, 64, 128),
+    (128, 64, 128, 64),
     (256, 32, 128, 32),
     (128, 64, 64, 64),
 )
@@ -75,7 +79,7 @@ THREADS = 384  # two warpgroups that multiply, one that asks for copies
 REGISTERS = 168  # of a thread at first
 MOST_STAGES = 6
 RESULT_ROWS, RESULT_BYTES, RESULT_PADDING = 8 * 16, 128, 8  # of y in shared memory; the last in elements
-BARRIER_BYTES = 2 * 8  # of a stage
+BARRIER_BYTES = 2 * 8  # of a stage; or of the turns of two warpgroups
 
 RATE_SHARE = 0.8  # of the tensor cores' rate, that large products reach
 SHARED_BYTES_A_CYCLE = 128
@@ -428,7 +432,7 @@ class _Candidate:
     def __str__(self) -> str:
         bm, bn, *_, bk = self.tile
         stages = f"{self.stages} and {'all' if self.stays else self.w_stages} stages"
-        parts = f", {self.parts} parts of k" if self.parts > 1 else ""
+        parts = f", {self.parts} parts of k" if self.parts > 1 else ", in turns" if in_turns(self.tile) else ""
         return f"{self.mode}, tile {bm}x{bn}x{bk}, {stages}{parts}: {self.cost.bytes} bytes to shared memory"
 
 
@@ -449,7 +453,7 @@ def _candidates(
     bm, bn, _, _, bk = tile
     shape = form.shape
     channels = shape.in_channels // shape.groups
-    if shape.groups > 1 and channels % bk:
+    if (shape.groups > 1 and channels % bk) or (most > 1 and in_turns(tile)):
         return
     chunks, columns = -(-channels // bk), -(-form.columns // bn) * shape.groups
     steps, loads, tiles = math.prod(shape.kernel_size) * chunks, math.prod(view.taps) * chunks, box.tiles * columns
@@ -550,7 +554,7 @@ def _stages(
 ) -> tuple[int, int]:
     """Stages of x and of w that fit shared memory, of w `all_of_w` if that is not 0."""
     _, bn, _, _, bk = tile
-    room = limits.shared_bytes - _result_bytes(element, most_parts)
+    room = limits.shared_bytes - _result_bytes(element, most_parts) - BARRIER_BYTES * in_turns(tile)
     x, w = stage_rows * bk * element.bytes + BARRIER_BYTES, _w_bytes(element, bn, bk) + BARRIER_BYTES
     if all_of_w:
         return min(MOST_STAGES, (room - all_of_w * w) // x), all_of_w
@@ -590,7 +594,7 @@ def _launch(
     width = index_bytes(max(2, chosen.parts) * form.count, tiles + chosen.blocks, taps * chunks, furthest)
     stages_bytes = chosen.stages * chosen.stage_rows * bk * element.bytes
     stages_bytes += chosen.w_stages * _w_bytes(element, bn, bk) + (chosen.stages + chosen.w_stages) * BARRIER_BYTES
-    shared_bytes = stages_bytes + _result_bytes(element, chosen.parts)
+    shared_bytes = stages_bytes + _result_bytes(element, chosen.parts) + BARRIER_BYTES * in_turns(chosen.tile)
     boxes = view.boxes(box.sizes)
     strands: tuple[int, ...] = ()
     if view.strands:
@@ -761,6 +765,11 @@ def _product(element: Element, limits: DeviceLimits, tile: tuple[int, int, int, 
     return 2 * bm * bn * bk / (rate * RATE_SHARE / limits.multiprocessors)
 
 
+def in_turns(tile: Sequence[int]) -> bool:
+    """Whether the warpgroups of a block have tiles of their own."""
+    return tile[0] == tile[2] and tile[1] == tile[3]
+
+
 def _busy(
     element: Element,
     limits: DeviceLimits,
@@ -772,4 +781,7 @@ def _busy(
     """Seconds of the busiest multiprocessor, whose shared memory takes `shared` of them for a step."""
     bm, bn, *_ = tile
     step = max(_product(element, limits, tile), shared, LEAST_CYCLES / limits.clock)
-    return (rounds * steps + START_STEPS) * step + rounds * bm * bn * CYCLES_A_SUM / limits.clock
+    stored = bm * bn * CYCLES_A_SUM / limits.clock  # a tile
+    if in_turns(tile):  # all tiles are multiplied one after the other, and those of a warpgroup are stored in between
+        return START_STEPS * step + stored + max(rounds * steps * step, rounds / 2 * (steps * step + stored))
+    return (rounds * steps + START_STEPS) * step + rounds * stored
