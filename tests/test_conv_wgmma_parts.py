@@ -87,7 +87,7 @@ def test_parts_and_their_end(number):
 
 @in_the_emulator
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("tile", wgmma.TILES[:-1], ids=str)
+@pytest.mark.parametrize("tile", [each for each in wgmma.TILES[:-1] if not wgmma.in_turns(each)], ids=str)
 def test_every_tile(tile):
     bm, bn, *_ = tile
     with parts(3, tile):
@@ -181,16 +181,10 @@ def test_without_a_bug_nothing_is_caught():
 DEEP = conv_shape((1, 512, 2048), (3, 2048, 512), padding="same")
 
 
-DOWNSAMPLING = conv_shape((64, 28, 28, 256), (3, 3, 256, 256), padding="same", strides=2)
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, precision",
-    [(DEEP, "bfloat16", "highest"), (DOWNSAMPLING, "float32", "high")],
-    ids=["16 bits", "TF32"],
-)
-def test_few_tiles_are_split(shape, dtype, precision):
+@pytest.mark.parametrize("dtype, precision", [("bfloat16", "highest"), ("float32", "high")], ids=["16 bits", "TF32"])
+def test_few_tiles_are_split(dtype, precision):
     """Predicted to be faster with all launches counted, and said so."""
+    shape = DEEP
     whole = plan_conv(shape, dtype, "relu", ALIGNED, H200, precision)
     split = plan_conv_parts(shape, dtype, "relu", ALIGNED, WORKSPACE, H200, precision)
     splits, count = split.reduce.integers[:2]
