@@ -761,7 +761,7 @@ def test_plans_weigh_all_modes():
 
 def test_of_modes_that_take_as_long_the_one_that_moves_least():
     tile, others = (128, 128, 64, 128), {}
-    with only(tile):
+    with mock.patch.object(wgmma, "TILES", (tile,)):
         plan = plan_of(SEQUENCE)
     for mode, stays in ((RELOAD, False), (RELOAD, True), (HALO, False), (PHASE, False), (PHASE, True)):
         with only(tile, mode=mode, stays=stays):

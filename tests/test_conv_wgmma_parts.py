@@ -178,13 +178,13 @@ def test_without_a_bug_nothing_is_caught():
 
 # --- When --------------------------------------------------------------------------------------------------------
 
-DEEP = conv_shape((1, 512, 2048), (3, 2048, 512), padding="same")
 
-
-@pytest.mark.parametrize("dtype, precision", [("bfloat16", "highest"), ("float32", "high")], ids=["16 bits", "TF32"])
-def test_few_tiles_are_split(dtype, precision):
+@pytest.mark.parametrize(
+    "batch, dtype, precision", [(1, "bfloat16", "highest"), (4, "float32", "high")], ids=["16 bits", "TF32"]
+)
+def test_few_tiles_are_split(batch, dtype, precision):
     """Predicted to be faster with all launches counted, and said so."""
-    shape = DEEP
+    shape = conv_shape((batch, 512, 2048), (3, 2048, 512), padding="same")
     whole = plan_conv(shape, dtype, "relu", ALIGNED, H200, precision)
     split = plan_conv_parts(shape, dtype, "relu", ALIGNED, WORKSPACE, H200, precision)
     splits, count = split.reduce.integers[:2]
