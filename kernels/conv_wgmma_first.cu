@@ -17,10 +17,12 @@
 //
 // Work split
 //   blockIdx.x   every gridDim.x-th tile; filters fastest, in bands, so that blocks share x in the L2 cache
-//   warpgroups   two multiply, GM x GN sums each; one thread of the third asks the copy engine for operands
+//   warpgroups   two multiply, GM x GN sums each, of one tile or, where that is a whole tile, in turns of two; one thread
+//                of the third asks the copy engine for operands
 //
 // Shared memory, STAGES of one step each:  ws [BM / 64][BK][64]   xs [BN / SPAN][BK][SPAN], swizzled within their rows;
-//   then 16 rows of y for each warp that multiplies, and two barriers a stage: it is full, and it is empty again.
+//   then 16 rows of y for each warp that multiplies, two barriers a stage: it is full, and it is empty again; and one for
+//   the turn of each warpgroup.
 //   Strips that no copy fills, for want of positions, stay zero.
 
 #include "conv.cuh"
@@ -28,8 +30,9 @@
 
 // Set by the plan, besides those of conv.cuh: BM BN BK   GM GN (of a warpgroup)   SPAN STAGES VECY ACTIVATION
 static_assert(SPAN == 64 || SPAN == 32 || SPAN == 16, "a row of a strip is what a swizzle spans");
-constexpr int GROUPS_N = BN / GN;
-static_assert(BM / GM * GROUPS_N == CONSUMERS && GM % 64 == 0 && GN % 64 == 0, "two warpgroups, 64 rows at a time");
+constexpr int GROUPS_N = BN / GN, SHARERS = BM / GM * GROUPS_N;  // warpgroups that share a tile
+constexpr bool IN_TURNS = SHARERS == 1;                          // each has tiles of its own, as in conv_wgmma.cu
+static_assert((IN_TURNS || SHARERS == CONSUMERS) && GM % 64 == 0 && GN % 64 == 0, "two warpgroups, 64 rows at a time");
 constexpr int TM = GM / 64;  // products of a warpgroup at one k
 constexpr int W_ROW_BYTES = 64 * sizeof(E), SLICE_BYTES = BK * W_ROW_BYTES, SLICES = BM / 64;
 constexpr int ROW_BYTES = SPAN * sizeof(E), STRIP_BYTES = BK * ROW_BYTES, STRIPS = BN / SPAN;
@@ -126,9 +129,9 @@ __device__ __forceinline__ void produce(const WarpgroupParams& p, Ring ring) {
   }
 }
 
-// The sums of one tile.
+// The sums of one tile. `turn`: the barrier of the warpgroup that multiplies next, if they take turns.
 __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const WarpgroupParams& p, Ring& ring, int row,
-                                         int column) {
+                                         int column, unsigned turn) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < TM; ++i)
@@ -154,6 +157,7 @@ __device__ __forceinline__ void multiply(float (&acc)[TM][GN / 2], const Warpgro
     before = ring.empty();
     ring.next();
   }
+  if (IN_TURNS && lane == 0) ptx::barrier_arrive(turn);
   ptx::products_wait<0>(acc);
   if (lane == 0) ptx::barrier_arrive(before);
 }
@@ -163,7 +167,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma_first(const 
   const int thread = threadIdx.x;
   const unsigned start = ptx::shared_address(memory);
   Ring ring{start, STAGE_BYTES, start + STAGES * STAGE_BYTES + Y_BYTES, STAGES};
-  if (thread == 0) ring.init();
+  const unsigned turns = ring.barriers + STAGES * 16;
+  if (thread == 0) {
+    if constexpr (IN_TURNS)
+      for (int group = 0; group < CONSUMERS; ++group) ptx::barrier_init(turns + group * 8, 4);
+    ring.init(SHARERS);
+  }
   const int filled = int(p.spans * p.beside) * STRIP_BYTES, spare = (STRIPS * STRIP_BYTES - filled) / 16;
   for (int at = thread; at < STAGES * spare; at += THREADS)
     store(reinterpret_cast<E*>(memory + at / spare * STAGE_BYTES + W_BYTES + filled + at % spare * 16), Vector<E, 8>{});
@@ -178,15 +187,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgmma_first(const 
     ptx::take_registers<CONSUMER_REGISTERS>();
     const int group = __shfl_sync(~0u, thread / GROUP, 0);  // the same for a warp, as the compiler can tell now
     const int warp = thread / 32, lane = thread % 32;
-    const int row = group / GROUPS_N * GM, column = group % GROUPS_N * GN;  // of the tile: this warpgroup's first ones
+    // Of the tile: this warpgroup's first ones.
+    const int row = IN_TURNS ? 0 : group / GROUPS_N * GM, column = IN_TURNS ? 0 : group % GROUPS_N * GN;
     E* const ys = reinterpret_cast<E*>(memory + STAGES * STAGE_BYTES) + warp * 16 * Y_PITCH;
     constexpr int ACROSS = smaller(32, 64 / VECY), DOWN = 32 / ACROSS;  // lanes that store a row, and rows at once
-    for (Index number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    unsigned turn_parity = !group;
+    const Index begin = IN_TURNS ? group : 0, step = IN_TURNS ? CONSUMERS : 1;
+    if (begin > 0) ring.skip(p.steps);
+    for (Index number = blockIdx.x + begin * gridDim.x; number < p.tiles; number += step * gridDim.x) {
       const Tile tile(p, number);
       float acc[TM][GN / 2];
 
       // 2. Multiply-accumulate.
-      multiply(acc, p, ring, row, column);
+      if constexpr (IN_TURNS) ptx::barrier_wait(turns + group * 8, turn_parity);
+      multiply(acc, p, ring, row, column, turns + (1 - group) * 8);
+      if constexpr (IN_TURNS) turn_parity ^= 1, ring.skip(p.steps);
 
       // 3. Epilogue: bias and activation in registers; then each warp turns 16 rows of 64 columns into whole vectors.
       const ResultOf result(p, tile.g);

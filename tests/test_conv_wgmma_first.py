@@ -252,6 +252,11 @@ def bands(runtime):
     Case((1, 64, 136), (1, 64, 136), "bfloat16", padding="same", **FIRST).check_forward(runtime)
 
 
+def many_tiles(runtime):
+    """Nine for each block, of more steps than stages, so that warpgroups that take turns have several."""
+    Case((9, 72, 120), (4, 72, 136), "bfloat16", padding="same", **FIRST).check_forward(runtime)
+
+
 def two_of_three_spans(runtime):
     """Of four, so that the third strip of a tile could hold what another tile has."""
     Case((1, 16, 256), (1, 16, 64), "bfloat16", padding="same", **FIRST).check_forward(runtime)
@@ -313,7 +318,21 @@ PLANTS = {
         sequence, {WRONG}),
     "a tile twice": ("tile -= first * p.tiles_n;", "", bands, {WRONG}),
 }  # fmt: skip
-OTHER_TILES = {"spans behind the last": (128, 192, 64, 192)}
+TURNS = {
+    "both warpgroups in one turn": (
+        "if constexpr (IN_TURNS) ptx::barrier_wait(turns + group * 8, turn_parity);", "",
+        many_tiles, {"race"}),
+    "one's own turn again": ("turns + (1 - group) * 8", "turns + group * 8", many_tiles, {"race"}),
+    "the second warpgroup first": ("turn_parity = !group", "turn_parity = group", many_tiles, {"race"}),
+    "stages of the other's tile": (
+        "turn_parity ^= 1, ring.skip(p.steps)", "turn_parity ^= 1",
+        many_tiles, {"deadlock"}),
+    "one's own tile in the other's stages": ("if (begin > 0) ring.skip(p.steps);", "", many_tiles, {"deadlock"}),
+    "a stage that both must leave": ("ring.init(SHARERS);", "ring.init();", many_tiles, {"deadlock"}),
+}  # fmt: skip
+IN_TURNS = (64, 128, 64, 128)
+OTHER_TILES = {"spans behind the last": (128, 192, 64, 192), **dict.fromkeys(TURNS, IN_TURNS)}
+PLANTS |= TURNS
 DEFAULT = {"a span over another", "fewer bytes than come", "strips too close", "strips that nobody fills"}
 
 

@@ -43,7 +43,10 @@ TILES: tuple[tuple[int, int, int, int], ...] = (
     (128, 192, 64, 192),
     (192, 128, 192, 64),
     (128, 128, 64, 128),
+    (128, 128, 128, 128),
+    (64, 256, 64, 256),
     (64, 256, 64, 128),
+    (64, 128, 64, 128),
     (64, 128, 64, 64),
 )
 STEPS = (64, 32, 16)  # channels of a step; the smaller ones where fewer are zeros then
@@ -165,7 +168,9 @@ def _candidate(
         return f"{name}: a group has {channels} channels"
     taps = math.prod(shape.kernel_size)
     stage = (bm + bn) * bk * element.bytes
+    tile = bm, bn, gm, gn, bk
     result = wgmma.RESULT_ROWS * (wgmma.RESULT_BYTES + wgmma.RESULT_PADDING * element.bytes)
+    result += wgmma.BARRIER_BYTES * wgmma.in_turns(tile)
     stages = min(wgmma.MOST_STAGES, (limits.shared_bytes - result) // (stage + wgmma.BARRIER_BYTES))
     if stages < 2:
         return f"{name}: {limits.name} has no shared memory for two stages"
@@ -187,7 +192,6 @@ def _candidate(
     work = 2 * bm * bn * bk * steps * tiles, 2 * form.products
     copied = (bm + strips.spans * strips.beside * strips.span) * bk * element.bytes * steps
     rounds = -(-tiles // limits.multiprocessors)
-    tile = bm, bn, gm, gn, bk
     cost = wgmma.cost_of(form, element, limits, tile, (rounds, steps, 1), copied, work, tiles * copied)
     return LaunchPlan(
         kernel="conv_wgmma_first",
@@ -232,7 +236,8 @@ def _candidate(
         dynamic_shared_bytes=shared_bytes,
         registers=wgmma.REGISTERS,
         reason=(
-            f"{name}, {stages} stages; {strips.spans} x {strips.beside} strips of {strips.span} positions; "
+            f"{name}, {stages} stages{', in turns' * wgmma.in_turns(tile)}; "
+            f"{strips.spans} x {strips.beside} strips of {strips.span} positions; "
             f"{100 * cost.least_flops / max(1, cost.flops):.0f} % of its products count, "
             f"{tiles / limits.multiprocessors:.1f} tiles a multiprocessor"
         ),
