@@ -344,7 +344,7 @@ def sums_along_memory(plan: LaunchPlan) -> bool:
 
 def tiles_of(plan: LaunchPlan) -> int:
     """Of a convolution by any kernel, in all parts of K."""
-    return plan.integers[0] if plan.kernel == "conv_wgmma" else math.prod(plan.grid)
+    return plan.integers[0] if plan.kernel in ("conv_wgmma", "conv_wgmma_first") else math.prod(plan.grid)
 
 
 def parts_of(plan: LaunchPlan, groups: int) -> int:
