@@ -131,8 +131,18 @@ MISTAKES = {
     "products in no group": ("multiply_tiles_half", "sm_90a", "wgmma.commit_group.sync.aligned;", ""),
     "a group of products too few": ("multiply_tiles_half", "sm_90a", '"n"(PENDING)', '"n"(PENDING + 1)'),
     "columns of a as rows": ("multiply_tiles_half", "sm_90a", '"f16", "k16", ", 1, 1"', '"f16", "k16", ", 0, 1"'),
-    "tiles of half as bfloat": ("multiply_tiles_half", "sm_90a", 'TILES("f16"', 'TILES("bf16"'),
-    "tiles of bfloat as half": ("multiply_tiles_bfloat", "sm_90a", 'TILES("bf16"', 'TILES("f16"'),
+    "tiles of half as bfloat": (
+        "multiply_tiles_half",
+        "sm_90a",
+        'TILES("f16", "k16", ", 0',
+        'TILES("bf16", "k16", ", 0',
+    ),
+    "tiles of bfloat as half": (
+        "multiply_tiles_bfloat",
+        "sm_90a",
+        'TILES("bf16", "k16", ", 0',
+        'TILES("f16", "k16", ", 0',
+    ),
     "the next tiles of TF32": (
         "multiply_tiles_tf32",
         "sm_90a",
