@@ -363,8 +363,7 @@ def require(
     """
     shape = form.shape
     channels, filters = shape.in_channels // shape.groups, _filters(form)
-    if limits.capability != ONLY:
-        raise PlanError(f"warpgroups: wgmma is of compute capability 9.0 alone, {limits.name} is {limits.arch}")
+    require_device(form, limits)
     tf32 = element.dtype == "float32" and precision == "high"
     if element.bytes != 2 and not tf32:
         raise PlanError(f"warpgroups: only 16-bit elements, and float32 as TF32, not {element.dtype}")
@@ -373,20 +372,31 @@ def require(
     unit = VECTOR_BYTES // element.bytes
     if channels % unit or filters % unit:
         raise PlanError(f"warpgroups: {channels} channels and {filters} filters of a group are not multiples of {unit}")
-    if not form.products:
-        raise PlanError("warpgroups: there are no products")
     if shape.groups > 1 and channels % _steps(element)[-1]:
         raise PlanError(
             f"warpgroups: {_steps(element)[-1]} channels are copied at once, and a group of {channels} is no multiple"
         )
     if any(aligned):
         raise PlanError("warpgroups: an array does not begin on a 16-byte boundary")
+    if tf32 and form.w_group == form.columns:
+        raise PlanError("warpgroups: products of TF32 need packed weights, which take a launch of their own")
+
+
+def require_device(form: Form, limits: DeviceLimits) -> None:
+    """Refuses what no kernel of warpgroups computes, or not here.
+
+    Raises:
+        PlanError: with the reason.
+    """
+    shape = form.shape
+    if limits.capability != ONLY:
+        raise PlanError(f"warpgroups: wgmma is of compute capability 9.0 alone, {limits.name} is {limits.arch}")
+    if not form.products:
+        raise PlanError("warpgroups: there are no products")
     if max(shape.strides) > MAP_STEP:
         raise PlanError(f"warpgroups: the copy engine takes strides up to {MAP_STEP}, not {shape.strides}")
     if furthest(shape) > INT32_MAX:
         raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
-    if tf32 and form.w_group == form.columns:
-        raise PlanError("warpgroups: products of TF32 need packed weights, which take a launch of their own")
 
 
 def _filters(form: Form) -> int:

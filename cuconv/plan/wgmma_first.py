@@ -20,9 +20,7 @@ from cuconv.plan.simt import CHOICE_FACTOR
 from cuconv.plan.types import (
     ACTIVATION_CODES,
     ELEMENTS,
-    INT32_MAX,
     MAP_BOX,
-    MAP_STEP,
     VECTOR_BYTES,
     DeviceLimits,
     Element,
@@ -121,16 +119,9 @@ def _require(form: Form, element: Element, aligned: tuple[int, ...], limits: Dev
     filters = form.results[1] // shape.groups
     if shape.data_format == CHANNELS_LAST:
         raise PlanError("warpgroups: only channels_first")
-    if limits.capability != wgmma.ONLY:
-        raise PlanError(f"warpgroups: wgmma is of compute capability 9.0 alone, {limits.name} is {limits.arch}")
+    wgmma.require_device(form, limits)
     if element.bytes != 2:
         raise PlanError(f"warpgroups: only 16-bit elements, not {element.dtype}")
-    if not form.depth:
-        raise PlanError("warpgroups: there are no products")
-    if max(shape.strides) > MAP_STEP:
-        raise PlanError(f"warpgroups: the copy engine takes strides up to {MAP_STEP}, not {shape.strides}")
-    if wgmma.furthest(shape) > INT32_MAX:
-        raise PlanError("warpgroups: coordinates of the copy engine have 32 bits")
     if shape.in_size[-1] % 8 or form.w_pitch % 8:
         raise PlanError(
             f"warpgroups: rows of {shape.in_size[-1]} inputs and {form.w_pitch} filters are not multiples of 8"
